@@ -1,0 +1,70 @@
+import math
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+
+@dataclass
+class WITSFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`WITSFTTrainer`].
+
+    This class includes only the parameters that are specific to Weighted Instruction Tuning
+    ([paper](https://huggingface.co/papers/2507.07817)). For all others, see [`~trl.SFTConfig`].
+
+    Parameters:
+        prompt_loss_weight (`float`, *optional*, defaults to `0.2`):
+            Weight of a prompt token in the loss, λp in the paper. The paper advises 0 to 0.5.
+        completion_loss_weight (`float`, *optional*, defaults to `0.8`):
+            Weight of a completion token in the loss, λr (response) in the paper. The paper advises 0.5 to 1.
+
+    The pair (0, 1) is conventional completion-only training, (1, 1) training on the full sequence.
+
+    Raises:
+        `ValueError`: a weight is negative or not finite; both are zero; `completion_only_loss` contradicts them (`True`
+        needs a prompt weight of 0, `False` two equal weights); `loss_type` is not `"nll"`; `label_smoothing_factor` is
+        not 0.
+    """
+
+    prompt_loss_weight: float = field(
+        default=0.2,
+        metadata={"help": "Weight of a prompt token in the loss (the paper's λp, advised range 0 to 0.5)."},
+    )
+    completion_loss_weight: float = field(
+        default=0.8,
+        metadata={"help": "Weight of a completion token in the loss (the paper's λr, advised range 0.5 to 1)."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("prompt_loss_weight", "completion_loss_weight"):
+            weight = getattr(self, name)
+            if not math.isfinite(weight) or weight < 0:
+                raise ValueError(f"`{name}` is {weight}, but a weight must be a finite number that is not negative.")
+        prompt, completion = self.prompt_loss_weight, self.completion_loss_weight
+        if prompt == completion == 0:
+            raise ValueError(
+                "`prompt_loss_weight` and `completion_loss_weight` are both 0, so there is nothing to train on. Set at "
+                "least one above 0: (0, 1) trains on completions only, (0.2, 0.8) is the default."
+            )
+        if self.completion_only_loss and prompt != 0:
+            raise ValueError(
+                f"`completion_only_loss=True` contradicts `prompt_loss_weight={prompt}`. Set `prompt_loss_weight=0` to "
+                "train on completions only, or leave `completion_only_loss` unset to use the weights."
+            )
+        if self.completion_only_loss is False and prompt != completion:
+            raise ValueError(
+                f"`completion_only_loss=False` (every token counts alike) contradicts `prompt_loss_weight={prompt}` and "
+                f"`completion_loss_weight={completion}`. Set both weights to 1 to train on the full sequence, or leave "
+                "`completion_only_loss` unset to use the weights."
+            )
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` is not supported: the weighted loss is a negative log-likelihood. Set "
+                "`loss_type='nll'` (the default), or use TRL's `SFTTrainer` for other losses."
+            )
+        if self.label_smoothing_factor > 0:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` is not supported: the weighted loss has no "
+                "smoothed form. Set it to 0 (the default)."
+            )

@@ -1,0 +1,83 @@
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+
+@dataclass
+class DataCollatorForWIT(DataCollatorForLanguageModeling):
+    """
+    Data collator that gives every token its weight as a prediction target.
+
+    Pads or flattens (`padding_free=True`) exactly like TRL's [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`].
+    Each example holds `"input_ids"` and `"completion_mask"` (1 on a completion token, 0 on a prompt token). Without
+    `"completion_mask"` the region is read from `"labels"` (-100 marks the prompt); without either, every token is
+    completion. Next to TRL's keys, the batch holds three tensors of the shape of `"input_ids"`:
+
+    - `"completion_mask"` (`int64`): 1 completion, 0 prompt, -100 for a token that is never a target: padding, and the
+      first token of every document, which nothing predicts.
+    - `"token_weights"` (`float32`): `completion_loss_weight` on completion tokens, `prompt_loss_weight` on prompt
+      tokens, 0 where `"completion_mask"` is -100.
+    - `"labels"` (`int64`): the token where its weight is not zero, -100 elsewhere. So the labels count the divisor of
+      the loss and the weights scale its numerator.
+
+    All four hold for the token *at* a position, not for the one predicted there: the loss shifts.
+
+    Args:
+        pad_token_id (`int`):
+            Token ID to use for padding.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Flatten all documents of the batch into one row. Documents of a packed row are told apart by its
+            `"seq_lengths"`.
+        return_position_ids (`bool`, *optional*, defaults to `False`):
+            Return position IDs in padded batches too.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad the length to a multiple of this value.
+        prompt_loss_weight (`float`, *optional*, defaults to `0.2`):
+            Weight of a prompt token.
+        completion_loss_weight (`float`, *optional*, defaults to `0.8`):
+            Weight of a completion token.
+
+    Example:
+    ```python
+    >>> from wit_trl import DataCollatorForWIT
+
+    >>> collator = DataCollatorForWIT(pad_token_id=0, prompt_loss_weight=0.0, completion_loss_weight=0.8)
+    >>> batch = collator(
+    ...     [
+    ...         {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]},
+    ...         {"input_ids": [5, 9], "completion_mask": [0, 1]},
+    ...     ]
+    ... )
+    >>> batch["token_weights"]
+    tensor([[0.0000, 0.0000, 0.8000, 0.8000],
+            [0.0000, 0.8000, 0.0000, 0.0000]])
+    >>> batch["labels"]
+    tensor([[-100, -100,    7,    8],
+            [-100,    9, -100, -100]])
+    >>> batch["completion_mask"]
+    tensor([[-100,    0,    1,    1],
+            [-100,    1, -100, -100]])
+    ```
+    """
+
+    prompt_loss_weight: float = 0.2
+    completion_loss_weight: float = 0.8
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
+        batch = super().torch_call([{**example, "labels": self._region(example)} for example in examples])
+        completion_mask = batch["labels"]
+        completion_mask[:, 0] = -100
+        weights = torch.where(completion_mask == 1, self.completion_loss_weight, self.prompt_loss_weight)
+        batch["completion_mask"] = completion_mask
+        batch["token_weights"] = weights.masked_fill(completion_mask == -100, 0.0)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["token_weights"] == 0, -100)
+        return batch
+
+    @staticmethod
+    def _region(example: dict[str, Any]) -> list[int]:
+        if "completion_mask" in example:
+            return example["completion_mask"]
+        return [int(label != -100) for label in example.get("labels", example["input_ids"])]

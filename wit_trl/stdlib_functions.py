@@ -1,0 +1,50 @@
+import ast
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+
+
+# Not part of the library proper: third-party code, tests and applications
+_SKIPPED = {"dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+
+
+def load_stdlib_functions(max_characters: int = 800, validation_share: float = 0.1) -> DatasetDict:
+    """
+    Returns the functions of the running interpreter's standard library as a prompt-completion data set, with the splits
+    `"train"` and `"validation"`: real text that needs no download.
+
+    The `"prompt"` asks for a function by signature and documentation, the `"completion"` is its source. Every function
+    and method with a docstring counts once. Rows and splits depend on the Python version alone.
+
+    Args:
+        max_characters (`int`, *optional*, defaults to `800`):
+            Longest source to keep, in characters.
+        validation_share (`float`, *optional*, defaults to `0.1`):
+            Share of the rows in the validation split.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    pairs = {}  # by source: a function that two modules share counts once
+    for path in sorted(root.rglob("*.py")):
+        if _SKIPPED.isdisjoint(path.relative_to(root).parts):
+            for prompt, completion in _pairs(path.read_text(encoding="utf-8", errors="replace")):
+                if len(completion) <= max_characters:
+                    pairs.setdefault(completion, prompt)
+    dataset = Dataset.from_dict({"prompt": list(pairs.values()), "completion": list(pairs)})
+    splits = dataset.train_test_split(test_size=validation_share, seed=0)
+    return DatasetDict(train=splits["train"], validation=splits["test"])
+
+
+def _pairs(module: str) -> Iterator[tuple[str, str]]:
+    try:
+        tree = ast.parse(module)
+    except SyntaxError:  # templates and deliberately broken files
+        return
+    lines = module.split("\n")  # `splitlines` would also split at form feeds, which `lineno` does not count
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (documentation := ast.get_docstring(node)):
+            source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            prompt = f"Write the Python function {node.name}({ast.unparse(node.args)}).\n\n{documentation}\n\n"
+            yield prompt, f"{source}\n"
