@@ -43,7 +43,7 @@ from wit_trl.stdlib_functions import load_stdlib_functions
 EMBEDDED_DEFAULTS = {
     "output_dir": "runs/sft_wit",
     "dataset_test_split": "validation",
-    "max_length": 384,
+    "max_length": 256,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
@@ -52,7 +52,8 @@ EMBEDDED_DEFAULTS = {
     "num_train_epochs": 1,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "eval_steps": 100,
+    "eval_steps": 60,
+    "eval_on_start": True,
     "save_strategy": "no",
     "report_to": "none",
     "bf16": False,
@@ -67,7 +68,7 @@ def build_embedded_model(dataset: DatasetDict, folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         (row["prompt"] + row["completion"] for row in dataset["train"]),
-        trainers.BpeTrainer(vocab_size=4096, special_tokens=["<pad>", "<eos>"]),
+        trainers.BpeTrainer(vocab_size=2048, special_tokens=["<pad>", "<eos>"]),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
@@ -152,17 +153,16 @@ def main(
         peft_config=get_peft_config(model_args),
     )
 
-    before = trainer.evaluate() if evaluates else {}
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    after = trainer.evaluate() if evaluates else {}
 
     say = trainer.accelerator.print
+    log_history = trainer.state.log_history
     for region in ("prompt", "completion"):
-        if (key := f"eval_{region}_loss") in after:
-            say(f"{script_args.dataset_test_split} {region} loss: {before[key]:.3f} -> {after[key]:.3f} nats per token")
+        if losses := [log[f"eval_{region}_loss"] for log in log_history if f"eval_{region}_loss" in log]:
+            say(f"{script_args.dataset_test_split} {region} loss: {losses[0]:.3f} -> {losses[-1]:.3f} nats per token")
     if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, output_dir / "losses.png")
+        plot_losses(log_history, output_dir / "losses.png")
     say(f"Model and loss curves (losses.png) saved to {output_dir}.")
 
     if embedded:
@@ -170,7 +170,8 @@ def main(
         tokenizer = AutoTokenizer.from_pretrained(output_dir)
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(trainer.model.device)
         generated = trainer.model.generate(**inputs, max_new_tokens=80, do_sample=False)
-        say(f"\nA held-out prompt:\n\n{prompt}What the model writes:\n\n{tokenizer.decode(generated[0, inputs['input_ids'].size(1) :])}")
+        completion = tokenizer.decode(generated[0, inputs["input_ids"].size(1) :])
+        say(f"\nA held-out prompt:\n\n{prompt}\nWhat the model writes:\n\n{completion}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -1,6 +1,7 @@
 import math
 from dataclasses import dataclass, field
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
 
@@ -17,6 +18,9 @@ class WITSFTConfig(SFTConfig):
             Weight of a prompt token in the loss, λp in the paper. The paper advises 0 to 0.5.
         completion_loss_weight (`float`, *optional*, defaults to `0.8`):
             Weight of a completion token in the loss, λr (response) in the paper. The paper advises 0.5 to 1.
+
+    One default differs from [`~trl.SFTConfig`]: where the device has no bfloat16, `bf16` left unset means `False`,
+    while TRL asks for `bf16=False` or `use_cpu=True`.
 
     The pair (0, 1) is conventional completion-only training, (1, 1) training on the full sequence.
 
@@ -36,6 +40,8 @@ class WITSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            self.bf16 = False
         super().__post_init__()
         for name in ("prompt_loss_weight", "completion_loss_weight"):
             weight = getattr(self, name)
@@ -54,8 +60,8 @@ class WITSFTConfig(SFTConfig):
             )
         if self.completion_only_loss is False and prompt != completion:
             raise ValueError(
-                f"`completion_only_loss=False` (every token counts alike) contradicts `prompt_loss_weight={prompt}` and "
-                f"`completion_loss_weight={completion}`. Set both weights to 1 to train on the full sequence, or leave "
+                f"`completion_only_loss=False` contradicts `prompt_loss_weight={prompt}` and `completion_loss_weight="
+                f"{completion}`, which differ. Set both weights to 1 to train on the full sequence, or leave "
                 "`completion_only_loss` unset to use the weights."
             )
         if self.loss_type != "nll":

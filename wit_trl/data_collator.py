@@ -10,7 +10,7 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
     """
     Data collator that gives every token its weight as a prediction target.
 
-    Pads or flattens (`padding_free=True`) exactly like TRL's [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`].
+    Pads or flattens (`padding_free=True`) as TRL's [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`] does.
     Each example holds `"input_ids"` and `"completion_mask"` (1 on a completion token, 0 on a prompt token). Without
     `"completion_mask"` the region is read from `"labels"` (-100 marks the prompt); without either, every token is
     completion. Next to TRL's keys, the batch holds three tensors of the shape of `"input_ids"`:

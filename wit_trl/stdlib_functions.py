@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 _SKIPPED = {"dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
 
 
-def load_stdlib_functions(max_characters: int = 800, validation_share: float = 0.1) -> DatasetDict:
+def load_stdlib_functions(max_characters: int = 400, validation_share: float = 0.1) -> DatasetDict:
     """
     Returns the functions of the running interpreter's standard library as a prompt-completion data set, with the splits
     `"train"` and `"validation"`: real text that needs no download.
@@ -20,13 +20,13 @@ def load_stdlib_functions(max_characters: int = 800, validation_share: float = 0
     and method with a docstring counts once. Rows and splits depend on the Python version alone.
 
     Args:
-        max_characters (`int`, *optional*, defaults to `800`):
+        max_characters (`int`, *optional*, defaults to `400`):
             Longest source to keep, in characters.
         validation_share (`float`, *optional*, defaults to `0.1`):
             Share of the rows in the validation split.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    pairs = {}  # by source: a function that two modules share counts once
+    pairs: dict[str, str] = {}  # by source: a function that two modules share counts once
     for path in sorted(root.rglob("*.py")):
         if _SKIPPED.isdisjoint(path.relative_to(root).parts):
             for prompt, completion in _pairs(path.read_text(encoding="utf-8", errors="replace")):
@@ -46,5 +46,5 @@ def _pairs(module: str) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and (documentation := ast.get_docstring(node)):
             source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-            prompt = f"Write the Python function {node.name}({ast.unparse(node.args)}).\n\n{documentation}\n\n"
+            prompt = f"Write the Python function {node.name}({ast.unparse(node.args)}).\n\n{documentation}\n"
             yield prompt, f"{source}\n"

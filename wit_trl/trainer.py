@@ -4,7 +4,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,37 +28,36 @@ from .data_collator import DataCollatorForWIT
 
 logger = get_logger(__name__)
 
+_MASK_COLUMNS = ("completion_mask", "assistant_masks")
+
 
 def _label_regions(example: dict[str, Any], index: int) -> dict[str, list[int]]:
     """Replaces the `-100` convention of `labels`, or the mask columns, by `labels` of 1 (completion) and 0 (prompt)."""
     input_ids = example["input_ids"]
-    columns = [name for name in ("completion_mask", "assistant_masks") if name in example]
+    masks = {name: example[name] for name in _MASK_COLUMNS if name in example}
     if "labels" in example:
-        columns = ["labels"]
-    for name in columns:
-        if len(example[name]) != len(input_ids):
+        masks = {"labels": example["labels"]}
+    for name, mask in masks.items():
+        if len(mask) != len(input_ids):
             raise ValueError(
-                f"Row {index}: `{name}` has {len(example[name])} entries, but `input_ids` has {len(input_ids)}. Each "
-                "token needs exactly one."
+                f"Row {index}: `{name}` has {len(mask)} entries, but `input_ids` has {len(input_ids)}. Give each token "
+                "exactly one."
             )
     if "labels" in example:
-        labels = example["labels"]
-        for position, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
+        for position, (token, label) in enumerate(zip(input_ids, example["labels"], strict=True)):
             if label not in (token, -100):
                 raise ValueError(
                     f"Row {index}: the label at position {position} is {label}, but it must be the token itself "
                     f"({token}, completion) or -100 (prompt)."
                 )
-        return {"labels": [int(label != -100) for label in labels]}
-    for name in columns:
-        if not set(example[name]) <= {0, 1}:
+        return {"labels": [int(label != -100) for label in example["labels"]]}
+    for name, mask in masks.items():
+        if not set(mask) <= {0, 1}:
             raise ValueError(
-                f"Row {index}: `{name}` must hold 1 for a completion token and 0 for a prompt token, but it also holds "
-                f"{sorted(set(example[name]) - {0, 1})}. Weights are set by `prompt_loss_weight` and "
-                "`completion_loss_weight`."
+                f"Row {index}: `{name}` holds {sorted(set(mask) - {0, 1})}, but it must hold 1 for a completion token "
+                "and 0 for a prompt token. Weights are set by `prompt_loss_weight` and `completion_loss_weight`."
             )
-    masks = [example[name] for name in columns]
-    return {"labels": [int(all(mask[i] for mask in masks)) for i in range(len(input_ids))]}
+    return {"labels": [int(all(mask[i] for mask in masks.values())) for i in range(len(input_ids))]}
 
 
 class WITSFTTrainer(SFTTrainer):
@@ -102,15 +101,16 @@ class WITSFTTrainer(SFTTrainer):
     ```
     """
 
-    _tag_names = ["trl", "sft", "wit"]
+    _tag_names: ClassVar = ["trl", "sft", "wit"]
     _name = "WIT"
-    _paper = {
+    _paper: ClassVar = {
         "title": "On the Effect of Instruction Tuning Loss on Generalization",
         "id": "2507.07817",
         "citation": textwrap.dedent("""\
             @article{chatterjee2025effect,
                 title   = {{On the Effect of Instruction Tuning Loss on Generalization}},
-                author  = {Chatterjee, Anwoy and Renduchintala, H S V N S Kowndinya and Bhatia, Sumit and Chakraborty, Tanmoy},
+                author  = {Anwoy Chatterjee and H S V N S Kowndinya Renduchintala and Sumit Bhatia and
+                           Tanmoy Chakraborty},
                 journal = {Transactions of the Association for Computational Linguistics},
                 volume  = 13,
                 pages   = {1360--1380},
@@ -202,7 +202,7 @@ class WITSFTTrainer(SFTTrainer):
                 dataset, processing_class, whole_rows, False, formatting_func, dataset_name
             )
             self.chat_template, self.completion_only_loss = chat_template, completion_only_loss
-        elif not {"completion_mask", "assistant_masks", "labels"} & set(example):
+        elif not {*_MASK_COLUMNS, "labels"} & set(example):
             logger.warning_once(
                 "The tokenized data set has no `completion_mask`, `assistant_masks` or `labels` column: every token is "
                 "completion and `prompt_loss_weight` has no effect."
@@ -211,7 +211,7 @@ class WITSFTTrainer(SFTTrainer):
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Finding completions in {dataset_name} dataset"}
-        masks = [name for name in ("completion_mask", "assistant_masks") if name in get_dataset_column_names(dataset)]
+        masks = [name for name in _MASK_COLUMNS if name in get_dataset_column_names(dataset)]
         with global_then_local_main_first():
             dataset = dataset.map(_label_regions, with_indices=True, remove_columns=masks, **map_kwargs)
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
@@ -222,26 +222,24 @@ class WITSFTTrainer(SFTTrainer):
         Drops the rows in which every token weighs 0, as TRL drops fully masked ones: not when packing, where such a row
         keeps its place. Raises `ValueError` if no row has a target. Evaluation keeps all: it measures both regions.
         """
-        regions = {
-            region
-            for region, weight in enumerate((self.args.prompt_loss_weight, self.args.completion_loss_weight))
-            if weight != 0
-        }
+        weights = (self.args.prompt_loss_weight, self.args.completion_loss_weight)
+        regions = [region for region, weight in enumerate(weights) if weight != 0]
 
         def has_target(example):
-            return not regions.isdisjoint(example["completion_mask"][1:])
+            return any(region in regions for region in example["completion_mask"][1:])
 
         kept = dataset
         if len(regions) == 1 and not self.args.packing:
-            kept = dataset.filter(has_target)
+            desc = {"desc": "Dropping rows without target from train dataset"} if isinstance(dataset, Dataset) else {}
+            kept = dataset.filter(has_target, **desc)
         if not any(map(has_target, kept)):
-            rows = [len(example["input_ids"]) for example in dataset]
-            lost = sum(length >= self.args.max_length for length in rows) if self.args.max_length is not None else 0
+            lengths = [len(example["input_ids"]) for example in dataset]
+            max_length = self.args.max_length
+            lost = 0 if max_length is None else sum(length >= max_length for length in lengths)
             raise ValueError(
-                f"No row of the train dataset has a token left to train on: `prompt_loss_weight="
-                f"{self.args.prompt_loss_weight}`, `completion_loss_weight={self.args.completion_loss_weight}`, and of "
-                f"{len(rows)} rows {lost} were cut at `max_length={self.args.max_length}`. Raise `max_length`, give the "
-                "other region a weight, or check the data."
+                f"No row of the train dataset has a token left to train on. The weights of prompt and completion are "
+                f"{weights}, and {lost} of {len(lengths)} rows were cut at `max_length={max_length}`. Raise "
+                "`max_length`, give the other region a weight, or check the data."
             )
         if isinstance(kept, Dataset) and len(kept) < len(dataset):
             logger.warning(
