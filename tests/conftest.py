@@ -1,0 +1,166 @@
+"""Tiny models, a tokenizer trained on the spot and real text for all tests, which run without a network."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub; inherited by the processes tests start
+
+import inspect
+import socket
+import statistics
+import textwrap
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from pathlib import Path
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+DOCUMENTED = [
+    (name, inspect.getdoc(function))
+    for module in (statistics, textwrap)
+    for name, function in inspect.getmembers(module, inspect.isfunction)
+    if inspect.getdoc(function)
+]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test reached for the network: {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        (doc for _, doc in DOCUMENTED),
+        trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL_TOKENS),
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer(trained_tokenizer):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained_tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<|begin_of_text|>",
+        additional_special_tokens=SPECIAL_TOKENS[3:],
+        chat_template=(CHAT_TEMPLATES / "llama3.jinja").read_text(encoding="utf-8"),
+    )
+
+
+@pytest.fixture
+def make_model():
+    """A function that returns the same tiny Llama at every call."""
+
+    def make(**config):
+        torch.manual_seed(0)
+        config = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, **config}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=500, num_hidden_layers=2, pad_token_id=0, **config))
+
+    return make
+
+
+@pytest.fixture
+def config_kwargs(tmp_path):
+    """Arguments of a short, deterministic training in float32 on CPU, for `SFTConfig` and `WITSFTConfig` alike."""
+    return {
+        "output_dir": str(tmp_path),
+        "max_length": 64,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def prompt_completion():
+    return Dataset.from_dict(
+        {
+            "prompt": [f"What does {name} do?\n" for name, _ in DOCUMENTED],
+            # From a few tokens to more than `max_length`
+            "completion": [doc[: 20 + 37 * i % 300] for i, (_, doc) in enumerate(DOCUMENTED)],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def messages(prompt_completion):
+    """Conversations of one and of two turns."""
+
+    def turns(row):
+        first = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"][:40]}]
+        more = [{"role": "user", "content": "More?"}, {"role": "assistant", "content": row["completion"][40:80]}]
+        return {"messages": first + (more if len(row["completion"]) > 80 else [])}
+
+    return prompt_completion.map(turns, remove_columns=["prompt", "completion"])
+
+
+def tokenize(tokenizer, row):
+    """The tokens of a prompt/completion row as TRL makes them, with the mask of the completion."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    input_ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+    assert input_ids[: len(prompt)] == prompt
+    return {"input_ids": input_ids, "completion_mask": [0] * len(prompt) + [1] * (len(input_ids) - len(prompt))}
+
+
+@pytest.fixture
+def datasets_by_type(prompt_completion, messages, tokenizer):
+    """For each type of data set: what `WITSFTTrainer` gets, what TRL gets for the same tokens, and TRL's arguments for
+    training on the completion alone and on the full sequence."""
+    conversational = prompt_completion.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+    )
+    sharegpt = messages.map(
+        lambda row: {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]},
+        remove_columns="messages",
+    )
+    text = prompt_completion.map(lambda row: {"text": row["prompt"] + row["completion"]}).select_columns("text")
+    masked = prompt_completion.map(lambda row: tokenize(tokenizer, row), remove_columns=["prompt", "completion"])
+    assistant = masked.rename_column("completion_mask", "assistant_masks")
+    labelled = masked.map(
+        lambda row: {
+            "labels": [t if c else -100 for t, c in zip(row["input_ids"], row["completion_mask"], strict=True)]
+        },
+        remove_columns="completion_mask",
+    )
+    tokens = masked.select_columns("input_ids")
+    full = {"completion_only_loss": False}
+    return {
+        "prompt_completion": (prompt_completion, prompt_completion, {}, full),
+        "conversational": (conversational, conversational, {}, full),
+        "messages": (messages, messages, {"assistant_only_loss": True}, {}),
+        "sharegpt": (sharegpt, messages, {"assistant_only_loss": True}, {}),
+        "text": (text, text, {}, {}),
+        "completion_mask": (masked, masked, {"completion_only_loss": True}, {}),
+        "assistant_masks": (assistant, assistant, {}, (tokens, {})),
+        "labels": (labelled, labelled, {}, (tokens, {})),
+        "input_ids": (tokens, tokens, {}, {}),
+    }

@@ -1,0 +1,52 @@
+import pytest
+from trl import TrlParser
+
+from wit_trl import WITSFTConfig
+
+
+@pytest.mark.parametrize("name", ["prompt_loss_weight", "completion_loss_weight"])
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_weight_must_be_finite_and_not_negative(name, weight):
+    with pytest.raises(ValueError, match=f"`{name}` is {weight}, but a weight must be a finite number"):
+        WITSFTConfig(**{name: weight})
+
+
+def test_both_weights_zero_is_refused():
+    with pytest.raises(ValueError, match=r"both 0, so there is nothing to train on\. Set at least one above 0"):
+        WITSFTConfig(prompt_loss_weight=0, completion_loss_weight=0)
+
+
+def test_completion_only_loss_needs_a_prompt_weight_of_zero():
+    with pytest.raises(ValueError, match=r"`completion_only_loss=True` contradicts .* Set `prompt_loss_weight=0`"):
+        WITSFTConfig(completion_only_loss=True)
+    WITSFTConfig(completion_only_loss=True, prompt_loss_weight=0)
+
+
+def test_full_sequence_loss_needs_equal_weights():
+    with pytest.raises(ValueError, match=r"`completion_only_loss=False` contradicts .* Set both weights to 1"):
+        WITSFTConfig(completion_only_loss=False)
+    WITSFTConfig(completion_only_loss=False, prompt_loss_weight=0.5, completion_loss_weight=0.5)
+
+
+def test_other_loss_types_are_refused():
+    with pytest.raises(ValueError, match=r"`loss_type='dft'` is not supported.* Set `loss_type='nll'`"):
+        WITSFTConfig(loss_type="dft")
+
+
+def test_label_smoothing_is_refused():
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor=0\.1` is not supported.* Set it to 0"):
+        WITSFTConfig(label_smoothing_factor=0.1)
+
+
+def test_weights_come_from_the_command_line_and_from_yaml(tmp_path):
+    yaml = tmp_path / "config.yaml"
+    yaml.write_text("prompt_loss_weight: 0.3\ncompletion_loss_weight: 0.6\n")
+    parser = TrlParser(WITSFTConfig)
+    (config,) = parser.parse_args_and_config(["--config", str(yaml), "--completion_loss_weight", "0.7"])
+    assert (config.prompt_loss_weight, config.completion_loss_weight) == (0.3, 0.7)
+
+
+def test_bf16_defaults_to_what_the_device_has(monkeypatch):
+    monkeypatch.setattr("wit_trl.config.is_torch_bf16_gpu_available", lambda: False)
+    assert WITSFTConfig().bf16 is False
+    assert WITSFTConfig(use_cpu=True).bf16 is True  # as in TRL: bfloat16 autocast runs on CPU when asked for
