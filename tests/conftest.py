@@ -9,14 +9,16 @@ import inspect
 import socket
 import statistics
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .reference import tokenize
 
 
 CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -118,14 +120,6 @@ def messages(prompt_completion):
         return {"messages": first + (more if len(row["completion"]) > 80 else [])}
 
     return prompt_completion.map(turns, remove_columns=["prompt", "completion"])
-
-
-def tokenize(tokenizer, row):
-    """The tokens of a prompt/completion row as TRL makes them, with the mask of the completion."""
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    input_ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
-    assert input_ids[: len(prompt)] == prompt
-    return {"input_ids": input_ids, "completion_mask": [0] * len(prompt) + [1] * (len(input_ids) - len(prompt))}
 
 
 @pytest.fixture

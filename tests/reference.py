@@ -1,0 +1,32 @@
+"""The loss of the paper as plain loops, independent of the package, and tokens with their region."""
+
+import torch
+
+
+def tokenize(tokenizer, row):
+    """The tokens of a prompt/completion row as TRL makes them, with the mask of the completion."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    input_ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+    assert input_ids[: len(prompt)] == prompt
+    return {"input_ids": input_ids, "completion_mask": [0] * len(prompt) + [1] * (len(input_ids) - len(prompt))}
+
+
+def region_sums(model, rows):
+    """Negative log-likelihoods (differentiable) and token counts of both regions, one unpadded row at a time."""
+    sums, counts = [0.0, 0.0], [0, 0]
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0]
+        for t in range(1, len(row["input_ids"])):
+            region = row["completion_mask"][t]
+            sums[region] = sums[region] - torch.log_softmax(logits[t - 1], dim=0)[row["input_ids"][t]]
+            counts[region] += 1
+    return sums, counts
+
+
+def formula(model, rows, weights):
+    """The loss of an optimizer step over `rows`, and the unweighted loss of both regions."""
+    sums, counts = region_sums(model, rows)
+    count = sum(n for n, weight in zip(counts, weights, strict=True) if weight != 0)
+    return sum(weight * s for weight, s in zip(weights, sums, strict=True)) / count, [
+        float(s) / n for s, n in zip(sums, counts, strict=True)
+    ]

@@ -1,0 +1,114 @@
+"""LoRA, DoRA, prompt learning, `modules_to_save` and 4-bit QLoRA: the weights follow the tokens."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from transformers import BitsAndBytesConfig
+
+from wit_trl import WITSFTConfig, WITSFTTrainer
+
+from .reference import formula, tokenize
+
+
+METHODS = {
+    "lora": LoraConfig(r=4, task_type="CAUSAL_LM"),
+    "dora": LoraConfig(r=4, use_dora=True, task_type="CAUSAL_LM"),
+    "lora_modules_to_save": LoraConfig(r=4, modules_to_save=["lm_head", "embed_tokens"], task_type="CAUSAL_LM"),
+    "prompt_tuning": PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "p_tuning": PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+    "prefix_tuning": PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.fixture
+def rows(prompt_completion, tokenizer):
+    return [tokenize(tokenizer, row) for row in prompt_completion.select(range(8))]
+
+
+@pytest.fixture
+def train(rows, tokenizer, config_kwargs):
+    """A function that trains for three steps and returns the trainer and its parameters before the first."""
+
+    def train(model, **kwargs):
+        trainer = WITSFTTrainer(
+            model,
+            WITSFTConfig(
+                **config_kwargs | {"max_length": None, "learning_rate": 1e-2}, train_sampling_strategy="sequential"
+            ),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            **kwargs,
+        )
+        start = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        (prompt_loss, completion_loss), (prompt, completion) = region_losses(trainer, rows[:4])
+        trainer.train()
+        expected = (0.2 * prompt_loss * prompt + 0.8 * completion_loss * completion) / (prompt + completion)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+        return trainer, start
+
+    return train
+
+
+def region_losses(trainer, rows):
+    """The mean negative log-likelihood and the number of tokens of prompt and completion: one row at a time, from the
+    full logits of the model as PEFT runs it."""
+    sums, counts = [0.0, 0.0], [0, 0]
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logits = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        log_probs = torch.log_softmax(logits[-ids.size(1) :].double(), dim=1)  # virtual tokens come first
+        for t in range(1, ids.size(1)):
+            sums[row["completion_mask"][t]] -= log_probs[t - 1, row["input_ids"][t]].item()
+            counts[row["completion_mask"][t]] += 1
+    return [s / n for s, n in zip(sums, counts, strict=True)], counts
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_follow_the_tokens(method, train, make_model):
+    trainer, start = train(make_model(), peft_config=METHODS[method])
+    trained = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    assert trained
+    assert trained <= {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    if method == "lora_modules_to_save":
+        assert any("lm_head.modules_to_save" in name for name in trained)
+    # The first real token follows the virtual ones, yet has no weight, as the first of every document
+    metrics = trainer.evaluate()
+    (prompt_loss, completion_loss), _ = region_losses(trainer, trainer.eval_dataset)
+    assert metrics["eval_prompt_loss"] == pytest.approx(prompt_loss, rel=1e-5)
+    assert metrics["eval_completion_loss"] == pytest.approx(completion_loss, rel=1e-5)
+
+
+def test_untrained_lora_has_the_loss_of_its_base(train, make_model, rows):
+    trainer, _ = train(make_model(), peft_config=METHODS["lora"])
+    loss, _ = formula(make_model().double(), rows[:4], (0.2, 0.8))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_qlora_in_four_bits_on_cpu(train, make_model, tmp_path):
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    trainer, start = train(
+        str(tmp_path / "base"),
+        quantization_config=quantization,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    assert trainer.model.is_loaded_in_4bit
+    base = trainer.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert base.quant_state.quant_type == "nf4"
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.requires_grad == ("lora" in name)
+        if "lora_B" in name:
+            assert not torch.equal(parameter, start[name]), name
+
+
+def test_saved_adapter_loads_onto_its_base(train, make_model, tmp_path):
+    trainer, _ = train(make_model(), peft_config=METHODS["lora"])
+    trainer.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)

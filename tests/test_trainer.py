@@ -1,0 +1,487 @@
+"""The training step and the evaluation against the formula, written as plain float64 loops."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from wit_trl import DataCollatorForWIT, WITSFTConfig, WITSFTTrainer
+
+from .reference import formula, tokenize
+
+
+WEIGHTS = (0.2, 0.8)
+TRL_DEPRECATES_LOGITS = pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+
+
+class StepRecorder(TrainerCallback):
+    """Keeps the gradients of every optimizer step and the logs of every step."""
+
+    def __init__(self):
+        self.gradients, self.logs = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({name: p.grad.detach().clone() for name, p in model.named_parameters()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.logs.append(dict(logs))
+
+
+@pytest.fixture
+def rows(prompt_completion, tokenizer):
+    """Eleven rows of uneven lengths and uneven shares of completion, cut at 64 tokens."""
+    rows = [tokenize(tokenizer, row) for row in prompt_completion.select(range(11))]
+    rows = [{key: value[:64] for key, value in row.items()} for row in rows]
+    assert len({len(row["input_ids"]) for row in rows}) > 5
+    return rows
+
+
+def make_trainer(make_model, tokenizer, rows, config_kwargs, weights=WEIGHTS, model=None, **kwargs):
+    prompt_loss_weight, completion_loss_weight = weights
+    kwargs.setdefault("train_dataset", Dataset.from_list(rows))
+    return WITSFTTrainer(
+        model=model or make_model(),
+        args=WITSFTConfig(
+            prompt_loss_weight=prompt_loss_weight,
+            completion_loss_weight=completion_loss_weight,
+            train_sampling_strategy="sequential",
+            **config_kwargs,
+        ),
+        processing_class=tokenizer,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("weights", [WEIGHTS, (0.0, 0.5), (0.7, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (1, 8)])
+def test_step_equals_the_formula(
+    batch_size, accumulation, weights, padding_free, rows, make_model, tokenizer, config_kwargs
+):
+    # Eleven rows: the second step accumulates three, in one, one or three micro-batches
+    config_kwargs |= {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+        "max_grad_norm": 0.0,
+    }
+    if padding_free:
+        config_kwargs |= {"padding_free": True, "max_length": None}
+    recorder = StepRecorder()
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, weights, callbacks=[recorder])
+    start = make_model().double()
+    trainer.train()
+    assert len(recorder.logs) == 2
+
+    loss, region_losses = formula(start, rows[:8], weights)
+    loss.backward()
+    assert recorder.logs[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in start.named_parameters():
+        gradient = recorder.gradients[0][name].double()
+        assert torch.linalg.norm(gradient - parameter.grad) < 1e-5 * torch.linalg.norm(parameter.grad), name
+    for name, region_loss, weight in zip(("prompt", "completion"), region_losses, weights, strict=True):
+        if weight != 0:
+            assert recorder.logs[0][f"{name}_loss"] == pytest.approx(region_loss, rel=1e-5)
+        else:
+            assert f"{name}_loss" not in recorder.logs[0]
+
+    # The last, uneven step: the parameters after one step are the same for all batch sizes up to rounding
+    after_one_step = make_model()
+    optimizer = torch.optim.AdamW(after_one_step.parameters(), lr=1e-3, weight_decay=0.0)
+    formula(after_one_step, rows[:8], weights)[0].backward()
+    optimizer.step()
+    expected, _ = formula(after_one_step.double(), rows[8:], weights)
+    assert recorder.logs[1]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_evaluation_is_exact_for_every_batch_size(batch_size, weights, rows, make_model, tokenizer, config_kwargs):
+    config_kwargs["per_device_eval_batch_size"] = batch_size
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, weights, eval_dataset=Dataset.from_list(rows))
+    metrics = trainer.evaluate()
+    loss, (prompt_loss, completion_loss) = formula(make_model().double(), rows, weights)
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert metrics["eval_prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+    assert metrics["eval_completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+
+
+def test_padding_free_and_packed_evaluation_equal_the_padded_one(rows, make_model, tokenizer, config_kwargs):
+    results = []
+    for mode in ({}, {"padding_free": True, "max_length": None}, {"eval_packing": True}):
+        trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | mode, eval_dataset=Dataset.from_list(rows))
+        if "eval_packing" in mode:  # bfd keeps documents apart only when the batch is flattened
+            trainer.data_collator.padding_free = True
+        metrics = trainer.evaluate()
+        results.append([metrics[f"eval_{name}"] for name in ("loss", "prompt_loss", "completion_loss")])
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+    assert results[2] == pytest.approx(results[0], rel=1e-6)
+
+
+def test_evaluation_metrics_of_trl_do_not_change(rows, make_model, tokenizer, config_kwargs):
+    labelled = Dataset.from_list(rows)
+    expected = SFTTrainer(
+        make_model(),
+        SFTConfig(completion_only_loss=True, train_sampling_strategy="sequential", **config_kwargs),
+        train_dataset=labelled,
+        eval_dataset=labelled,
+        processing_class=tokenizer,
+    )
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, (0, 1), eval_dataset=labelled)
+    expected_metrics, metrics = expected.evaluate(), trainer.evaluate()
+    for key in ("eval_entropy", "eval_mean_token_accuracy", "eval_num_tokens"):
+        assert metrics[key] == pytest.approx(expected_metrics[key], rel=1e-6)
+    trainer.train()
+    expected.train()
+    logged, expected_logged = trainer.state.log_history[-2], expected.state.log_history[-2]
+    assert set(logged) == set(expected_logged) | {"completion_loss"}
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert logged[key] == pytest.approx(expected_logged[key], rel=1e-6)
+
+
+def test_best_model_can_be_chosen_by_completion_loss(rows, make_model, tokenizer, config_kwargs, tmp_path):
+    config_kwargs |= {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "best",
+        "metric_for_best_model": "eval_completion_loss",
+        "greater_is_better": False,
+        "load_best_model_at_end": True,
+    }
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, eval_dataset=Dataset.from_list(rows))
+    trainer.train()
+    logged = [log["eval_completion_loss"] for log in trainer.state.log_history if "eval_completion_loss" in log]
+    assert trainer.state.best_metric == min(logged)
+
+
+@TRL_DEPRECATES_LOGITS
+def test_several_evaluation_sets_and_later_data(prompt_completion, messages, make_model, tokenizer, config_kwargs):
+    trainer = WITSFTTrainer(
+        make_model(),
+        WITSFTConfig(**config_kwargs),
+        train_dataset=prompt_completion,
+        eval_dataset={"pairs": prompt_completion.select(range(5)), "chat": messages.select(range(5))},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert {f"eval_{name}_{region}_loss" for name in ("pairs", "chat") for region in ("prompt", "completion")} <= set(
+        metrics
+    )
+    # The same data handed over later, as another type and under another prefix
+    later = trainer.evaluate(messages.select(range(5)), metric_key_prefix="test")
+    assert later["test_completion_loss"] == pytest.approx(metrics["eval_chat_completion_loss"], rel=1e-6)
+    again = trainer.evaluate(prompt_completion.select(range(5)))
+    assert again["eval_prompt_loss"] == pytest.approx(metrics["eval_pairs_prompt_loss"], rel=1e-6)
+    predicted = trainer.predict(trainer.eval_dataset["pairs"]).metrics
+    assert predicted["test_loss"] == pytest.approx(metrics["eval_pairs_loss"], rel=1e-6)
+
+
+@TRL_DEPRECATES_LOGITS
+def test_compute_metrics_gets_logits_and_labels(rows, make_model, tokenizer, config_kwargs):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["logits"], seen["labels"] = prediction.predictions, prediction.label_ids
+        return {"answer": 42}
+
+    trainer = make_trainer(
+        make_model,
+        tokenizer,
+        rows,
+        config_kwargs,
+        (0, 1),
+        eval_dataset=Dataset.from_list(rows),
+        compute_metrics=compute_metrics,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_answer"] == 42
+    assert seen["logits"].shape == (*seen["labels"].shape, 500)
+    completions = sum(sum(row["completion_mask"]) for row in rows)
+    assert (seen["labels"] != -100).sum() == completions  # the prompt's weight is zero
+    _, (prompt_loss, _) = formula(make_model().double(), rows, (0, 1))
+    assert metrics["eval_prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+
+
+def test_region_losses_cover_the_whole_logging_interval(rows, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": 2}
+    recorder = StepRecorder()
+    make_trainer(make_model, tokenizer, rows, config_kwargs, callbacks=[recorder]).train()
+    _, (prompt_loss, completion_loss) = formula(make_model().double(), rows[:8], WEIGHTS)
+    assert len(recorder.logs) == 1
+    assert recorder.logs[0]["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+    assert recorder.logs[0]["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, "bfd", "bfd_split", "wrapped"])
+def test_streaming_trains_like_the_data_set_in_memory(packing, prompt_completion, make_model, tokenizer, config_kwargs):
+    if packing:
+        config_kwargs |= {"packing": True, "packing_strategy": packing}
+    losses = []
+    for dataset in (prompt_completion, prompt_completion.to_iterable_dataset()):
+        trainer = make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=dataset)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_streaming_from_a_generator_without_features(prompt_completion, make_model, tokenizer, config_kwargs):
+    stream = IterableDataset.from_generator(lambda: iter(prompt_completion))
+    trainer = make_trainer(
+        make_model, tokenizer, None, config_kwargs, train_dataset=stream, eval_dataset=stream.take(3)
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_prompt_loss"] > 0
+
+
+def long_prompts(tokenizer, count=3):
+    return [{"input_ids": [7] * 20, "completion_mask": [0] * 15 + [1] * 5} for _ in range(count)]
+
+
+def test_prompt_that_fills_max_length_still_trains_its_prompt(rows, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"max_length": 15}
+    trainer = make_trainer(make_model, tokenizer, long_prompts(tokenizer), config_kwargs)
+    assert trainer.train_dataset["completion_mask"][:] == [[0] * 15] * 3
+    before = trainer.model.get_input_embeddings().weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.get_input_embeddings().weight, before)
+
+
+def test_prompt_that_fills_max_length_is_dropped_without_prompt_weight(
+    rows, make_model, tokenizer, config_kwargs, caplog
+):
+    config_kwargs |= {"max_length": 64}
+    data = [*rows[:4], {"input_ids": [7] * 80, "completion_mask": [0] * 70 + [1] * 10}]
+    trainer = make_trainer(make_model, tokenizer, data, config_kwargs, (0, 1), eval_dataset=Dataset.from_list(data))
+    assert len(trainer.train_dataset) == 4
+    assert "Dropped 1 of 5 rows of the train dataset" in caplog.text
+    # Evaluation measures the prompt of every row, whatever the weights
+    assert len(trainer.eval_dataset) == 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_nothing_left_to_train_on_is_refused(packing, streaming, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"max_length": 15, "packing": packing}
+    data = Dataset.from_list(long_prompts(tokenizer))
+    with pytest.raises(ValueError, match=r"No row .* left to train on.* 3 of 3 rows were cut at `max_length=15`"):
+        make_trainer(
+            make_model,
+            tokenizer,
+            None,
+            config_kwargs,
+            (0, 1),
+            train_dataset=data.to_iterable_dataset() if streaming else data,
+        )
+
+
+def test_plain_text_warns_that_there_is_no_prompt(make_model, tokenizer, config_kwargs, caplog):
+    text = Dataset.from_dict({"text": ["An example of a text.", "And another one."]})
+    logging_once = inspect.getmodule(WITSFTTrainer).logger.warning_once
+    logging_once.cache_clear()
+    for _ in range(2):
+        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=text, eval_dataset=text)
+    assert caplog.text.count("The data set has no prompt to weight") == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completion_mask": [0, 1]}, r"Row 1: `completion_mask` has 2 entries, but `input_ids` has 3"),
+        ({"labels": [-100, 6]}, r"Row 1: `labels` has 2 entries, but `input_ids` has 3"),
+        ({"labels": [-100, 6, 9]}, r"Row 1: the label at position 2 is 9, but it must be the token itself \(7"),
+        ({"completion_mask": [0, 2, 1]}, r"Row 1: `completion_mask` holds \[2\], but it must hold 1 .* and 0"),
+        ({"assistant_masks": [0, 0, 1, 1]}, r"Row 1: `assistant_masks` has 4 entries"),
+    ],
+)
+def test_wrong_masks_are_refused_by_row(row, message, make_model, tokenizer, config_kwargs):
+    (column,) = row
+    good = {"input_ids": [5, 6, 7], column: [-100, 6, 7] if column == "labels" else [0, 1, 1]}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_model, tokenizer, [good, {"input_ids": [5, 6, 7], **row}], config_kwargs)
+
+
+def test_fractional_mask_is_refused_and_not_rounded(make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match=r"Row 0: `completion_mask` holds \[0\.5\]"):
+        make_trainer(make_model, tokenizer, [{"input_ids": [5, 6], "completion_mask": [0, 0.5]}], config_kwargs)
+
+
+def test_masks_of_both_kinds_must_agree(make_model, tokenizer, config_kwargs):
+    row = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}
+    trainer = make_trainer(make_model, tokenizer, [row], config_kwargs)
+    assert trainer.train_dataset["completion_mask"][:] == [[0, 1, 0, 1]]
+
+
+def test_messages_mark_the_assistant_turns_with_their_end(messages, make_model, tokenizer, config_kwargs):
+    trainer = make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
+    for row, source in zip(trainer.train_dataset, messages, strict=True):
+        marked = [token for token, region in zip(row["input_ids"], row["completion_mask"], strict=True) if region]
+        turns = [m["content"].strip() + "<|eot_id|>" for m in source["messages"] if m["role"] == "assistant"]
+        assert "".join(turns).startswith(tokenizer.decode(marked))  # `max_length` may cut it
+        assert marked
+
+
+def test_unprepared_data_trains_from_its_completion_mask(rows, make_model, tokenizer, config_kwargs):
+    config_kwargs["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    trainer.train()
+    loss, _ = formula(make_model().double(), rows[:4], WEIGHTS)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    unread = Dataset.from_list(rows).rename_column("completion_mask", "assistant_masks")
+    with pytest.raises(ValueError, match="has mask columns but no 'labels'"):
+        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=unread)
+
+
+def test_compute_loss_func_is_refused(rows, make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match=r"`compute_loss_func` is not supported.* pass it to TRL's `SFTTrainer`"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs, compute_loss_func=lambda *args, **kwargs: None)
+
+
+def test_collator_without_token_weights_is_refused(rows, make_model, tokenizer, config_kwargs):
+    def collator(examples):
+        batch = DataCollatorForWIT(pad_token_id=0)(examples)
+        del batch["token_weights"]
+        return batch
+
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, data_collator=collator)
+    with pytest.raises(ValueError, match=r"returned no 'token_weights'\. Use `wit_trl\.DataCollatorForWIT`"):
+        trainer.train()
+
+
+def test_collator_that_contradicts_the_weights_is_refused(rows, make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match=r"The weights of the `DataCollatorForWIT` contradict those"):
+        make_trainer(
+            make_model, tokenizer, rows, config_kwargs, (0.5, 1), data_collator=DataCollatorForWIT(pad_token_id=0)
+        )
+
+
+def test_own_collator_weighs_tokens_by_its_own_rule(rows, make_model, tokenizer, config_kwargs):
+    def collator(examples):
+        batch = DataCollatorForWIT(pad_token_id=0)(examples)
+        batch["token_weights"] *= 0.5
+        return batch
+
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, data_collator=collator)
+    trainer.train()
+    loss, (prompt_loss, _) = formula(make_model().double(), rows[:4], WEIGHTS)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.5 * loss.item(), rel=1e-5)
+    assert trainer.state.log_history[0]["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-5)
+
+
+def test_images_are_refused(make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match="vision"):
+        make_trainer(make_model, tokenizer, [{"prompt": "a", "completion": "b", "images": []}], config_kwargs)
+
+
+def test_signature_is_that_of_sft_trainer():
+    assert inspect.signature(WITSFTTrainer) == inspect.signature(SFTTrainer)
+
+
+def test_positional_arguments_and_plain_arguments_get_the_default_weights(rows, make_model, tokenizer, config_kwargs):
+    config_kwargs["hub_token"] = "a-token"
+    dataset = Dataset.from_list(rows)
+    training_arguments = TrainingArguments(
+        config_kwargs["output_dir"], use_cpu=True, report_to="none", hub_token="a-token", learning_rate=3e-4
+    )
+    for args in (SFTConfig(eos_token="<eos>", **config_kwargs), training_arguments):
+        trainer = WITSFTTrainer(make_model(), args, None, dataset, processing_class=tokenizer)
+        assert isinstance(trainer.args, WITSFTConfig)
+        assert (trainer.args.prompt_loss_weight, trainer.args.completion_loss_weight) == WEIGHTS
+        assert trainer.args.hub_token == "a-token"
+        assert trainer.args.learning_rate == args.learning_rate
+        assert trainer.args.bf16 == args.bf16
+        assert trainer.data_collator.completion_loss_weight == 0.8
+
+
+def test_works_without_args(rows, make_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    model.save_pretrained("tiny")
+    tokenizer.save_pretrained("tiny")
+    trainer = WITSFTTrainer("tiny", train_dataset=Dataset.from_list(rows))
+    assert trainer.args.output_dir == "tiny-WIT"
+    assert isinstance(trainer.args, WITSFTConfig)
+
+
+def test_model_card_cites_the_paper(rows, make_model, tokenizer, config_kwargs, tmp_path):
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    trainer.create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "On the Effect of Instruction Tuning Loss on Generalization" in card
+    assert "huggingface.co/papers/2507.07817" in card
+    assert "@article{chatterjee2025effect" in card
+    assert "- wit\n" in card
+    assert "wit" in trainer.model.model_tags
+
+
+def test_gradient_checkpointing_changes_nothing(rows, make_model, tokenizer, config_kwargs):
+    parameters = []
+    for checkpointing in (False, True):
+        config_kwargs["gradient_checkpointing"] = checkpointing
+        trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointing
+        parameters.append(list(trainer.model.parameters()))
+    for plain, checkpointed in zip(*parameters, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-8)
+
+
+def test_resumed_training_ends_in_the_same_parameters(rows, make_model, tokenizer, config_kwargs, tmp_path):
+    config_kwargs |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    whole.train()
+    resumed = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for parameter, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+    assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"][-1]["step"] == 4
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), WEIGHTS])
+def test_auxiliary_loss_of_experts_is_kept(weights, rows, tokenizer, config_kwargs):
+    def make_model():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=500,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                num_local_experts=4,
+                output_router_logits=True,
+                router_aux_loss_coef=0.1,
+                pad_token_id=0,
+                experts_implementation="eager",  # the others have no float64
+            )
+        )
+
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, weights, eval_dataset=Dataset.from_list(rows))
+    evaluated = trainer.evaluate()
+    trainer.train()
+    first = trainer.state.log_history[0]
+    loss, _ = formula(make_model().double(), rows[:4], weights)
+    assert first["loss"] == pytest.approx(loss.item() + 0.1 * first["aux_loss"], rel=1e-5)
+    assert first["aux_loss"] > 1
+    assert evaluated["eval_loss"] == pytest.approx(formula(make_model().double(), rows, weights)[0].item(), rel=1e-6)
+
+
+def test_divisor_counts_for_models_that_take_no_loss_arguments(rows, make_model, tokenizer, config_kwargs):
+    model = make_model()
+    model.accepts_loss_kwargs = False
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, model=model)
+    trainer.train()
+    loss, _ = formula(make_model().double(), rows[:4], WEIGHTS)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_full_logits_are_never_built_in_training(rows, make_model, tokenizer, config_kwargs):
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    trainer.model.lm_head.forward = lambda hidden_states: pytest.fail("the LM head ran on every position")
+    trainer.train()
