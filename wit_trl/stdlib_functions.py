@@ -38,13 +38,18 @@ def load_stdlib_functions(max_characters: int = 400, validation_share: float = 0
 
 
 def _pairs(module: str) -> Iterator[tuple[str, str]]:
-    try:
-        tree = ast.parse(module)
-    except SyntaxError:  # templates and deliberately broken files
-        return
     lines = module.split("\n")  # `splitlines` would also split at form feeds, which `lineno` does not count
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and (documentation := ast.get_docstring(node)):
+    for node in ast.walk(_parse(module)):
+        if isinstance(node, ast.FunctionDef):
             source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-            prompt = f"Write the Python function {node.name}({ast.unparse(node.args)}).\n\n{documentation}\n"
-            yield prompt, f"{source}\n"
+            for function in _parse(source).body:
+                if isinstance(function, ast.FunctionDef) and (documentation := ast.get_docstring(function)):
+                    signature = f"{function.name}({ast.unparse(function.args)})"
+                    yield f"Write the Python function {signature}.\n\n{documentation}\n", f"{source}\n"
+
+
+def _parse(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # templates, deliberately broken files, functions with strings that leave the indentation
+        return ast.Module(body=[], type_ignores=[])
