@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 	touch $@
 
 train: .venv/installed
-	$(BIN)/accelerate launch --config_file accelerate_configs/single_device.yaml examples/sft_wit.py
+	$(BIN)/python examples/sft_wit.py
 
 test: .venv/installed
 	$(BIN)/pytest
