@@ -132,8 +132,9 @@ def datasets_by_type(prompt_completion, messages, tokenizer):
             "completion": [{"role": "assistant", "content": row["completion"]}],
         }
     )
+    names = {"user": "human", "assistant": "gpt"}
     sharegpt = messages.map(
-        lambda row: {"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]},
+        lambda row: {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]]},
         remove_columns="messages",
     )
     text = prompt_completion.map(lambda row: {"text": row["prompt"] + row["completion"]}).select_columns("text")

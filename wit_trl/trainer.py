@@ -19,7 +19,12 @@ from trl.chat_template_utils import (
     has_generation_markers,
     is_chat_template_stop_token_trained,
 )
-from trl.data_utils import get_dataset_column_names, is_conversational, maybe_convert_to_chatml
+from trl.data_utils import (
+    get_dataset_column_names,
+    is_conversational,
+    is_conversational_from_value,
+    maybe_convert_to_chatml,
+)
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from .config import WITSFTConfig
@@ -29,6 +34,13 @@ from .data_collator import DataCollatorForWIT
 logger = get_logger(__name__)
 
 _MASK_COLUMNS = ("completion_mask", "assistant_masks")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _name_roles(example: dict[str, Any]) -> dict[str, Any]:
+    """ShareGPT calls the user `human` and the assistant `gpt`, which chat templates do not know."""
+    turns = example["conversations"]
+    return {"conversations": [{**turn, "from": _SHAREGPT_ROLES.get(turn["from"], turn["from"])} for turn in turns]}
 
 
 def _label_regions(example: dict[str, Any], index: int) -> dict[str, list[int]]:
@@ -179,6 +191,9 @@ class WITSFTTrainer(SFTTrainer):
         example = next(iter(dataset))
         if "input_ids" not in example:
             is_text = formatting_func is not None
+            if is_conversational_from_value(example):
+                with global_then_local_main_first():
+                    dataset = dataset.map(_name_roles)
             example = maybe_convert_to_chatml(copy.deepcopy(example))
             whole_rows = copy.copy(args)
             whole_rows.max_length, whole_rows.shuffle_dataset = None, False
