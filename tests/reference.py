@@ -28,5 +28,5 @@ def formula(model, rows, weights):
     sums, counts = region_sums(model, rows)
     count = sum(n for n, weight in zip(counts, weights, strict=True) if weight != 0)
     return sum(weight * s for weight, s in zip(weights, sums, strict=True)) / count, [
-        float(s) / n for s, n in zip(sums, counts, strict=True)
+        s.item() / n for s, n in zip(sums, counts, strict=True)
     ]

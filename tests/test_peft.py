@@ -106,6 +106,29 @@ def test_qlora_in_four_bits_on_cpu(train, make_model, tmp_path):
             assert not torch.equal(parameter, start[name]), name
 
 
+def test_evaluation_leaves_qlora_its_gradient(make_model, rows, tokenizer, config_kwargs, tmp_path):
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    gradient_norms = []
+    for eval_on_start in (False, True):
+        trainer = WITSFTTrainer(
+            str(tmp_path / "base"),
+            WITSFTConfig(
+                **config_kwargs | {"learning_rate": 1e-2, "max_steps": 1},
+                eval_strategy="steps",
+                eval_on_start=eval_on_start,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+            peft_config=METHODS["lora"],
+        )
+        trainer.train()
+        gradient_norms += [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    without_evaluation, with_evaluation = gradient_norms
+    assert with_evaluation == pytest.approx(without_evaluation, rel=1e-6)
+
+
 def test_saved_adapter_loads_onto_its_base(train, make_model, tmp_path):
     trainer, _ = train(make_model(), peft_config=METHODS["lora"])
     trainer.save_model(tmp_path / "adapter")

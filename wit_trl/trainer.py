@@ -170,6 +170,11 @@ class WITSFTTrainer(SFTTrainer):
             self.data_collator = DataCollatorForWIT(**dataclasses.asdict(self.data_collator), **weights)
         if not self._skip_prepare_dataset:
             self.train_dataset = self._drop_rows_without_target(self.train_dataset)
+        # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights at the first evaluation, for a kernel that has no
+        # gradient: all later training steps would silently lose the gradient through them
+        for module in self.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         # Sums of `_loss_sums` since the last log, on this rank. MPS has no float64.
