@@ -161,25 +161,30 @@ def test_best_model_can_be_chosen_by_completion_loss(rows, make_model, tokenizer
 
 
 @TRL_DEPRECATES_LOGITS
-def test_several_evaluation_sets_and_later_data(prompt_completion, messages, make_model, tokenizer, config_kwargs):
+@pytest.mark.parametrize("train_on", ["pairs", "chat"])
+def test_several_evaluation_sets_and_later_data(
+    train_on, prompt_completion, messages, make_model, tokenizer, config_kwargs
+):
+    data = {"pairs": prompt_completion.select(range(5)), "chat": messages.select(range(5))}
     trainer = WITSFTTrainer(
         make_model(),
         WITSFTConfig(**config_kwargs),
-        train_dataset=prompt_completion,
-        eval_dataset={"pairs": prompt_completion.select(range(5)), "chat": messages.select(range(5))},
+        train_dataset=data[train_on],
+        eval_dataset=data,
         processing_class=tokenizer,
     )
+    for name, dataset in trainer.eval_dataset.items():
+        regions = [region for mask in dataset["completion_mask"] for region in mask]
+        assert set(regions) == {0, 1}, name
+    assert trainer.chat_template is None  # TRL's training template is for the messages alone
     metrics = trainer.evaluate()
-    assert {f"eval_{name}_{region}_loss" for name in ("pairs", "chat") for region in ("prompt", "completion")} <= set(
-        metrics
-    )
-    # The same data handed over later, as another type and under another prefix
-    later = trainer.evaluate(messages.select(range(5)), metric_key_prefix="test")
-    assert later["test_completion_loss"] == pytest.approx(metrics["eval_chat_completion_loss"], rel=1e-6)
-    again = trainer.evaluate(prompt_completion.select(range(5)))
-    assert again["eval_prompt_loss"] == pytest.approx(metrics["eval_pairs_prompt_loss"], rel=1e-6)
-    predicted = trainer.predict(trainer.eval_dataset["pairs"]).metrics
-    assert predicted["test_loss"] == pytest.approx(metrics["eval_pairs_loss"], rel=1e-6)
+    # The same data handed over later, under another prefix and prepared already
+    for name in data:
+        later = trainer.evaluate(data[name], metric_key_prefix="test")
+        predicted = trainer.predict(trainer.eval_dataset[name]).metrics
+        for loss in ("loss", "prompt_loss", "completion_loss"):
+            assert later[f"test_{loss}"] == pytest.approx(metrics[f"eval_{name}_{loss}"], rel=1e-6)
+            assert predicted[f"test_{loss}"] == pytest.approx(metrics[f"eval_{name}_{loss}"], rel=1e-6)
 
 
 @TRL_DEPRECATES_LOGITS
@@ -208,14 +213,17 @@ def test_compute_metrics_gets_logits_and_labels(rows, make_model, tokenizer, con
     assert metrics["eval_prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
 
 
-def test_region_losses_cover_the_whole_logging_interval(rows, make_model, tokenizer, config_kwargs):
-    config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": 2}
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_region_losses_cover_the_logging_interval(logging_steps, rows, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": logging_steps}
     recorder = StepRecorder()
     make_trainer(make_model, tokenizer, rows, config_kwargs, callbacks=[recorder]).train()
-    _, (prompt_loss, completion_loss) = formula(make_model().double(), rows[:8], WEIGHTS)
-    assert len(recorder.logs) == 1
-    assert recorder.logs[0]["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
-    assert recorder.logs[0]["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+    assert len(recorder.logs) == 2 // logging_steps
+    size = 4 * logging_steps
+    for i, logs in enumerate(recorder.logs):
+        _, (prompt_loss, completion_loss) = formula(make_model().double(), rows[i * size : (i + 1) * size], WEIGHTS)
+        assert logs["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+        assert logs["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("packing", [False, "bfd", "bfd_split", "wrapped"])
@@ -243,9 +251,13 @@ def long_prompts(tokenizer, count=3):
     return [{"input_ids": [7] * 20, "completion_mask": [0] * 15 + [1] * 5} for _ in range(count)]
 
 
-def test_prompt_that_fills_max_length_still_trains_its_prompt(rows, make_model, tokenizer, config_kwargs):
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_prompt_that_fills_max_length_still_trains_its_prompt(tokenized, make_model, tokenizer, config_kwargs):
     config_kwargs |= {"max_length": 15}
-    trainer = make_trainer(make_model, tokenizer, long_prompts(tokenizer), config_kwargs)
+    rows = long_prompts(tokenizer)
+    if not tokenized:
+        rows = [{"prompt": tokenizer.decode(row["input_ids"]), "completion": " And more."} for row in rows]
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
     assert trainer.train_dataset["completion_mask"][:] == [[0] * 15] * 3
     before = trainer.model.get_input_embeddings().weight.detach().clone()
     trainer.train()

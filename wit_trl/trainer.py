@@ -202,8 +202,8 @@ class WITSFTTrainer(SFTTrainer):
             example = maybe_convert_to_chatml(copy.deepcopy(example))
             whole_rows = copy.copy(args)
             whole_rows.max_length, whole_rows.shuffle_dataset = None, False
-            chat_template, completion_only_loss = self.chat_template, self.completion_only_loss
-            self.completion_only_loss = True
+            self.completion_only_loss = True  # label the completion, whatever its weight
+            chat_template = self.chat_template
             if not is_text and "messages" in example and is_conversational(example):
                 whole_rows.assistant_only_loss = True
                 if not has_generation_markers(processing_class.chat_template):
@@ -221,7 +221,7 @@ class WITSFTTrainer(SFTTrainer):
             dataset = super()._prepare_dataset(
                 dataset, processing_class, whole_rows, False, formatting_func, dataset_name
             )
-            self.chat_template, self.completion_only_loss = chat_template, completion_only_loss
+            self.chat_template = chat_template  # other data sets keep the template they have in TRL
         elif not {*_MASK_COLUMNS, "labels"} & set(example):
             logger.warning_once(
                 "The tokenized data set has no `completion_mask`, `assistant_masks` or `labels` column: every token is "
