@@ -130,7 +130,7 @@ def main(
         training_args.distributed_state.wait_for_everyone()
     else:
         dataset = load_data(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
+    evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
     for split in [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates:
         if split not in dataset:
             raise ValueError(

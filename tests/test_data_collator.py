@@ -69,3 +69,28 @@ def test_region_is_read_from_labels_when_there_is_no_mask():
 def test_weights_are_not_rounded():
     collator = DataCollatorForWIT(pad_token_id=0, prompt_loss_weight=0.037, completion_loss_weight=1.9)
     torch.testing.assert_close(collator(EXAMPLES)["token_weights"][0], torch.tensor([0, 0.037, 1.9, 1.9]))
+
+
+def test_packed_rows_are_flattened_even_in_padded_mode():
+    packed = [{"input_ids": [1, 2, 3, 4, 5], "completion_mask": [0, 1, 0, 1, 1], "seq_lengths": [2, 3]}]
+    batch = DataCollatorForWIT(pad_token_id=0)([*packed, *packed])
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2] * 2]
+    assert batch["labels"].tolist() == [[-100, 2, -100, 4, 5] * 2]
+    assert batch["example_lengths"].tolist() == [5, 5]
+
+
+def test_boolean_masks_and_padding_in_the_data():
+    example = {
+        "input_ids": [5, 6, 7, 0],
+        "completion_mask": [False, False, True, False],
+        "attention_mask": [1, 1, 1, 0],
+    }
+    batch = DataCollatorForWIT(pad_token_id=0)([example, EXAMPLES[0]])
+    assert batch["completion_mask"][0].tolist() == [-100, 0, 1, -100]
+
+
+def test_wrong_regions_are_refused():
+    with pytest.raises(ValueError, match=r"`completion_mask` holds \[0\.5\]"):
+        DataCollatorForWIT(pad_token_id=0)([{"input_ids": [5, 6], "completion_mask": [0, 0.5]}])
+    with pytest.raises(ValueError, match=r"`completion_mask` has 1 entries, but `input_ids` has 2"):
+        DataCollatorForWIT(pad_token_id=0)([{"input_ids": [5, 6], "completion_mask": [1]}])

@@ -1,10 +1,13 @@
 """The training step and the evaluation against the formula, written as plain float64 loops."""
 
+import functools
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -116,8 +119,6 @@ def test_padding_free_and_packed_evaluation_equal_the_padded_one(rows, make_mode
     results = []
     for mode in ({}, {"padding_free": True, "max_length": None}, {"eval_packing": True}):
         trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | mode, eval_dataset=Dataset.from_list(rows))
-        if "eval_packing" in mode:  # bfd keeps documents apart only when the batch is flattened
-            trainer.data_collator.padding_free = True
         metrics = trainer.evaluate()
         results.append([metrics[f"eval_{name}"] for name in ("loss", "prompt_loss", "completion_loss")])
     assert results[1] == pytest.approx(results[0], rel=1e-6)
@@ -280,8 +281,9 @@ def test_prompt_that_fills_max_length_is_dropped_without_prompt_weight(
 @pytest.mark.parametrize("packing", [False, True])
 def test_nothing_left_to_train_on_is_refused(packing, streaming, make_model, tokenizer, config_kwargs):
     config_kwargs |= {"max_length": 15, "packing": packing}
-    data = Dataset.from_list(long_prompts(tokenizer))
-    with pytest.raises(ValueError, match=r"No row .* left to train on.* 3 of 3 rows were cut at `max_length=15`"):
+    short = {"input_ids": [7] * 5, "completion_mask": [0] * 5}  # never had a completion
+    data = Dataset.from_list([*long_prompts(tokenizer), short])
+    with pytest.raises(ValueError, match=r"No row .* left to train on.* 3 of 4 rows were lost to `max_length=15`"):
         make_trainer(
             make_model,
             tokenizer,
@@ -306,7 +308,7 @@ def test_plain_text_warns_that_there_is_no_prompt(make_model, tokenizer, config_
     [
         ({"completion_mask": [0, 1]}, r"Row 1: `completion_mask` has 2 entries, but `input_ids` has 3"),
         ({"labels": [-100, 6]}, r"Row 1: `labels` has 2 entries, but `input_ids` has 3"),
-        ({"labels": [-100, 6, 9]}, r"Row 1: the label at position 2 is 9, but it must be the token itself \(7"),
+        ({"labels": [-100, 6, 9]}, r"Row 1: The label at position 2 is 9, but it must be the token itself, 7"),
         ({"completion_mask": [0, 2, 1]}, r"Row 1: `completion_mask` holds \[2\], but it must hold 1 .* and 0"),
         ({"assistant_masks": [0, 0, 1, 1]}, r"Row 1: `assistant_masks` has 4 entries"),
     ],
@@ -316,11 +318,6 @@ def test_wrong_masks_are_refused_by_row(row, message, make_model, tokenizer, con
     good = {"input_ids": [5, 6, 7], column: [-100, 6, 7] if column == "labels" else [0, 1, 1]}
     with pytest.raises(ValueError, match=message):
         make_trainer(make_model, tokenizer, [good, {"input_ids": [5, 6, 7], **row}], config_kwargs)
-
-
-def test_fractional_mask_is_refused_and_not_rounded(make_model, tokenizer, config_kwargs):
-    with pytest.raises(ValueError, match=r"Row 0: `completion_mask` holds \[0\.5\]"):
-        make_trainer(make_model, tokenizer, [{"input_ids": [5, 6], "completion_mask": [0, 0.5]}], config_kwargs)
 
 
 def test_masks_of_both_kinds_must_agree(make_model, tokenizer, config_kwargs):
@@ -338,15 +335,15 @@ def test_messages_mark_the_assistant_turns_with_their_end(messages, make_model, 
         assert marked
 
 
-def test_unprepared_data_trains_from_its_completion_mask(rows, make_model, tokenizer, config_kwargs):
+@pytest.mark.parametrize("column", ["completion_mask", "assistant_masks"])
+def test_unprepared_data_trains_from_its_masks(column, rows, make_model, tokenizer, config_kwargs):
     config_kwargs["dataset_kwargs"] = {"skip_prepare_dataset": True}
-    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    data = Dataset.from_list(rows)
+    data = data.rename_column("completion_mask", column) if column != "completion_mask" else data
+    trainer = make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=data)
     trainer.train()
     loss, _ = formula(make_model().double(), rows[:4], WEIGHTS)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    unread = Dataset.from_list(rows).rename_column("completion_mask", "assistant_masks")
-    with pytest.raises(ValueError, match="has mask columns but no 'labels'"):
-        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=unread)
 
 
 def test_compute_loss_func_is_refused(rows, make_model, tokenizer, config_kwargs):
@@ -386,8 +383,84 @@ def test_own_collator_weighs_tokens_by_its_own_rule(rows, make_model, tokenizer,
 
 
 def test_images_are_refused(make_model, tokenizer, config_kwargs):
-    with pytest.raises(ValueError, match="vision"):
+    with pytest.raises(ValueError, match=r"images are not supported yet\. Drop the image column, or use TRL's"):
         make_trainer(make_model, tokenizer, [{"prompt": "a", "completion": "b", "images": []}], config_kwargs)
+
+
+@pytest.mark.parametrize("enabled", ["cp_enabled", "sp_enabled"])
+def test_context_and_sequence_parallelism_are_refused(enabled, rows, make_model, tokenizer, config_kwargs, monkeypatch):
+    initialise = SFTTrainer.__init__
+
+    @functools.wraps(initialise)
+    def initialise_in_parallel(self, *args, **kwargs):  # as if launched over several processes
+        initialise(self, *args, **kwargs)
+        parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, enabled: True})
+        monkeypatch.setattr(Accelerator, "parallelism_config", parallelism)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", initialise_in_parallel)
+    with pytest.raises(ValueError, match=r"sequence parallelism are not supported yet.* Set `cp_size` and"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs)
+
+
+@pytest.mark.parametrize("columns", [["prompt", "completion"], ["messages"], ["conversations"]])
+def test_formatting_func_that_trl_would_ignore_is_refused(columns, make_model, tokenizer, config_kwargs):
+    rows = [dict.fromkeys(columns, "text")]
+    with pytest.raises(ValueError, match=r"`formatting_func` makes plain text, but TRL reads the columns \['"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs, formatting_func=lambda row: "a")
+
+
+def test_empty_data_is_refused(rows, make_model, tokenizer, config_kwargs):
+    empty = Dataset.from_dict({"prompt": [], "completion": []})
+    with pytest.raises(ValueError, match=r"`train_dataset` is empty\. Check the file"):
+        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=empty)
+    with pytest.raises(ValueError, match=r"The eval dataset is empty\. Check the file"):
+        make_trainer(
+            make_model, tokenizer, rows, config_kwargs, eval_dataset=IterableDataset.from_generator(lambda: iter(()))
+        )
+
+
+def test_conversation_without_template_or_assistant_is_refused(messages, make_model, tokenizer, config_kwargs):
+    mute = Dataset.from_list([{"messages": [{"role": "user", "content": "Hello?"}]}])
+    with pytest.raises(ValueError, match="A conversation of the train dataset has no assistant turn"):
+        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=mute)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"the tokenizer has no chat template\. Set `chat_template_path`"):
+        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
+
+
+def test_padding_in_the_data_is_never_a_target(rows, make_model, tokenizer, config_kwargs):
+    padded = [
+        {
+            "input_ids": row["input_ids"] + [0] * 5,
+            "attention_mask": [1] * len(row["input_ids"]) + [0] * 5,
+            "completion_mask": row["completion_mask"] + [0] * 5,
+        }
+        for row in rows
+    ]
+    config_kwargs["max_length"] = None
+    trainer = make_trainer(make_model, tokenizer, padded, config_kwargs, eval_dataset=Dataset.from_list(padded))
+    metrics = trainer.evaluate()
+    _, (prompt_loss, completion_loss) = formula(make_model().double(), rows, WEIGHTS)
+    assert metrics["eval_prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+    assert metrics["eval_completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+
+
+def test_prepared_data_is_not_packed_twice(rows, make_model, tokenizer, config_kwargs):
+    config_kwargs["packing"] = True
+    data = Dataset.from_list(rows)
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, eval_dataset=data)
+    expected = trainer.evaluate()["eval_prompt_loss"]
+    assert trainer.evaluate({"again": data})["eval_again_prompt_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_prompt_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_torch_format_trains_as_lists_do(rows, make_model, tokenizer, config_kwargs):
+    losses = []
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).with_format("torch")):
+        trainer = make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=dataset)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
 
 
 def test_signature_is_that_of_sft_trainer():

@@ -68,6 +68,20 @@ def test_endpoints_equal_trl(weights, dataset_type, mode, datasets_by_type, make
     assert_same_training(trainer, expected)
 
 
+def test_dropped_and_shuffled_rows_are_those_of_trl(prompt_completion, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"max_length": 20, "shuffle_dataset": True}
+    kwargs = {"train_dataset": prompt_completion, "processing_class": tokenizer}
+    expected = SFTTrainer(model=make_model(), args=SFTConfig(**config_kwargs), **kwargs)
+    trainer = WITSFTTrainer(
+        model=make_model(),
+        args=WITSFTConfig(prompt_loss_weight=0.0, completion_loss_weight=1.0, **config_kwargs),
+        **kwargs,
+    )
+    assert 0 < len(trainer.train_dataset) < len(prompt_completion)
+    assert trainer.train_dataset["input_ids"][:] == expected.train_dataset["input_ids"][:]
+    assert_same_training(trainer, expected)
+
+
 @pytest.mark.parametrize("formatted", [False, True])
 def test_text_from_a_formatting_function_trains_as_in_trl(
     formatted, prompt_completion, make_model, tokenizer, config_kwargs

@@ -1,8 +1,50 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+
+REGION_COLUMNS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
+
+
+def token_regions(example: dict[str, Any]) -> list[int]:
+    """
+    Returns the region of each token of a tokenized example: 1 completion, 0 prompt, -100 never a target.
+
+    It is read from `"labels"` (-100 marks the prompt), else from `"completion_mask"` and `"assistant_masks"` (the
+    completion is what is in both), else every token is completion. A token with `"attention_mask"` 0 is padding.
+
+    Raises:
+        `ValueError`: a column does not have one entry for each token, or holds other values.
+    """
+    input_ids = torch.as_tensor(example["input_ids"])
+    columns = {name: torch.as_tensor(example[name]) for name in REGION_COLUMNS if name in example}
+    for name, column in columns.items():
+        if len(column) != len(input_ids):
+            raise ValueError(
+                f"`{name}` has {len(column)} entries, but `input_ids` has {len(input_ids)}. Give each token one."
+            )
+    padding = columns.pop("attention_mask", torch.ones_like(input_ids)) == 0
+    if "labels" in columns:
+        labels = columns["labels"]
+        wrong = (labels != input_ids) & (labels != -100)
+        if wrong.any():
+            position = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"The label at position {position} is {labels[position].item()}, but it must be the token itself, "
+                f"{input_ids[position].item()} (completion), or -100 (prompt)."
+            )
+        columns = {"labels": labels != -100}
+    regions = torch.ones_like(input_ids)
+    for name, mask in columns.items():
+        if not ((mask == 0) | (mask == 1) | (mask == -100)).all():
+            raise ValueError(
+                f"`{name}` holds {sorted(set(mask.tolist()) - {0, 1, -100})}, but it must hold 1 for a completion "
+                "token and 0 for a prompt token. Weights are set by `prompt_loss_weight` and `completion_loss_weight`."
+            )
+        regions = regions.minimum(mask.to(regions.dtype))
+    return regions.masked_fill(padding, -100).tolist()
 
 
 @dataclass
@@ -11,9 +53,10 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
     Data collator that gives every token its weight as a prediction target.
 
     Pads or flattens (`padding_free=True`) as TRL's [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`] does.
-    Each example holds `"input_ids"` and `"completion_mask"` (1 on a completion token, 0 on a prompt token). Without
-    `"completion_mask"` the region is read from `"labels"` (-100 marks the prompt); without either, every token is
-    completion. Next to TRL's keys, the batch holds three tensors of the shape of `"input_ids"`:
+    Rows packed with known boundaries (`"seq_lengths"`) are always flattened, so that documents stay apart. The region
+    of a token comes from `"labels"` (-100 marks the prompt), `"completion_mask"` (1 completion, 0 prompt) or
+    `"assistant_masks"`; without any of them, every token is completion. Next to TRL's keys, the batch holds three
+    tensors of the shape of `"input_ids"`:
 
     - `"completion_mask"` (`int64`): 1 completion, 0 prompt, -100 for a token that is never a target: padding, and the
       first token of every document, which nothing predicts.
@@ -22,7 +65,8 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
     - `"labels"` (`int64`): the token where its weight is not zero, -100 elsewhere. So the labels count the divisor of
       the loss and the weights scale its numerator.
 
-    All four hold for the token *at* a position, not for the one predicted there: the loss shifts.
+    They hold for the token *at* a position, not for the one predicted there: the loss shifts. In a
+    flattened batch, `"example_lengths"` gives the number of tokens of each example.
 
     Args:
         pad_token_id (`int`):
@@ -66,18 +110,18 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
     completion_loss_weight: float = 0.8
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if "seq_lengths" in examples[0] and not self.padding_free:
+            return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
         # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
-        batch = super().torch_call([{**example, "labels": self._region(example)} for example in examples])
-        completion_mask = batch["labels"]
-        completion_mask[:, 0] = -100
-        weights = torch.where(completion_mask == 1, self.completion_loss_weight, self.prompt_loss_weight)
-        batch["completion_mask"] = completion_mask
-        batch["token_weights"] = weights.masked_fill(completion_mask == -100, 0.0)
-        batch["labels"] = batch["input_ids"].masked_fill(batch["token_weights"] == 0, -100)
+        batch = super().torch_call([{**example, "labels": token_regions(example)} for example in examples])
+        region = batch["labels"]
+        region[:, 0] = -100
+        weights = torch.zeros_like(region, dtype=torch.float32)
+        weights[region == 0] = self.prompt_loss_weight
+        weights[region == 1] = self.completion_loss_weight
+        batch["completion_mask"] = region
+        batch["token_weights"] = weights
+        batch["labels"] = batch["input_ids"].masked_fill(weights == 0, -100)
+        if self.padding_free:
+            batch["example_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
         return batch
-
-    @staticmethod
-    def _region(example: dict[str, Any]) -> list[int]:
-        if "completion_mask" in example:
-            return example["completion_mask"]
-        return [int(label != -100) for label in example.get("labels", example["input_ids"])]

@@ -28,12 +28,12 @@ from trl.data_utils import (
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from .config import WITSFTConfig
-from .data_collator import DataCollatorForWIT
+from .data_collator import REGION_COLUMNS, DataCollatorForWIT, token_regions
 
 
 logger = get_logger(__name__)
 
-_MASK_COLUMNS = ("completion_mask", "assistant_masks")
+_TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -44,32 +44,10 @@ def _name_roles(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def _label_regions(example: dict[str, Any], index: int) -> dict[str, list[int]]:
-    """Replaces the `-100` convention of `labels`, or the mask columns, by `labels` of 1 (completion) and 0 (prompt)."""
-    input_ids = example["input_ids"]
-    masks = {name: example[name] for name in _MASK_COLUMNS if name in example}
-    if "labels" in example:
-        masks = {"labels": example["labels"]}
-    for name, mask in masks.items():
-        if len(mask) != len(input_ids):
-            raise ValueError(
-                f"Row {index}: `{name}` has {len(mask)} entries, but `input_ids` has {len(input_ids)}. Give each token "
-                "exactly one."
-            )
-    if "labels" in example:
-        for position, (token, label) in enumerate(zip(input_ids, example["labels"], strict=True)):
-            if label not in (token, -100):
-                raise ValueError(
-                    f"Row {index}: the label at position {position} is {label}, but it must be the token itself "
-                    f"({token}, completion) or -100 (prompt)."
-                )
-        return {"labels": [int(label != -100) for label in example["labels"]]}
-    for name, mask in masks.items():
-        if not set(mask) <= {0, 1}:
-            raise ValueError(
-                f"Row {index}: `{name}` holds {sorted(set(mask) - {0, 1})}, but it must hold 1 for a completion token "
-                "and 0 for a prompt token. Weights are set by `prompt_loss_weight` and `completion_loss_weight`."
-            )
-    return {"labels": [int(all(mask[i] for mask in masks.values())) for i in range(len(input_ids))]}
+    try:
+        return {"labels": token_regions(example)}
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
 
 
 class WITSFTTrainer(SFTTrainer):
@@ -113,6 +91,7 @@ class WITSFTTrainer(SFTTrainer):
     ```
     """
 
+    _train_is_prepared = False
     _tag_names: ClassVar = ["trl", "sft", "wit"]
     _name = "WIT"
     _paper: ClassVar = {
@@ -138,6 +117,20 @@ class WITSFTTrainer(SFTTrainer):
                 "`compute_loss_func` is not supported: `WITSFTTrainer` computes the weighted loss. Remove it, or pass "
                 "it to TRL's `SFTTrainer`."
             )
+        dataset = arguments.get("train_dataset")
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError("`train_dataset` is empty. Check the file, the split and any filter it comes from.")
+        columns = get_dataset_column_names(dataset) if isinstance(dataset, Dataset | IterableDataset) else []
+        if not {"image", "images"}.isdisjoint(columns):
+            raise ValueError(
+                "Data sets with images are not supported yet. Drop the image column, or use TRL's `SFTTrainer`."
+            )
+        if arguments.get("formatting_func") and not _TRL_COLUMNS.isdisjoint(columns):
+            raise ValueError(
+                f"`formatting_func` makes plain text, but TRL reads the columns {sorted(_TRL_COLUMNS & set(columns))} "
+                "instead of it. Drop `formatting_func` (the chat template does its work), or rename these columns to "
+                "train on the text, in which every token is completion."
+            )
         config = arguments.get("args")
         if config is None:
             model = arguments["model"]
@@ -156,10 +149,6 @@ class WITSFTTrainer(SFTTrainer):
 
         super().__init__(**arguments)
 
-        if self._is_vision_dataset:
-            raise ValueError(
-                "Data sets with images are not supported yet. Drop the image column, or use TRL's `SFTTrainer`."
-            )
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
@@ -168,8 +157,6 @@ class WITSFTTrainer(SFTTrainer):
             )
         if collator is None:
             self.data_collator = DataCollatorForWIT(**dataclasses.asdict(self.data_collator), **weights)
-        if not self._skip_prepare_dataset:
-            self.train_dataset = self._drop_rows_without_target(self.train_dataset)
         # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights at the first evaluation, for a kernel that has no
         # gradient: all later training steps would silently lose the gradient through them
         for module in self.model.modules():
@@ -177,9 +164,10 @@ class WITSFTTrainer(SFTTrainer):
                 module.support_avx512bf16_for_cpu = False
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        # Sums of `_loss_sums` since the last log, on this rank. MPS has no float64.
+        # Sums of `_loss_terms` since the last log, on this rank. MPS has no float64.
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         self._train_sums = torch.zeros(6, dtype=dtype, device=self.args.device)
+        self._eval_sums = torch.zeros(6, dtype=torch.float64)
 
     def _prepare_dataset(
         self,
@@ -193,97 +181,119 @@ class WITSFTTrainer(SFTTrainer):
         # TRL carries one column through truncation and packing: `labels`, -100 where it would not train. First TRL
         # tokenizes whole rows and labels the completion; then the labels become regions (0 or 1, so that no row looks
         # fully masked); then TRL truncates and packs those. The weights have no part in it, so one cache serves all.
-        example = next(iter(dataset))
+        is_train, self._train_is_prepared = not self._train_is_prepared, True  # TRL prepares it first
+        example = next(iter(dataset), None)
+        if example is None:
+            raise ValueError(f"The {dataset_name} dataset is empty. Check the file, the split and any filter.")
+        if {"seq_lengths", "completion_mask"} <= set(example):
+            return dataset  # packed already
         if "input_ids" not in example:
-            is_text = formatting_func is not None
-            if is_conversational_from_value(example):
-                with global_then_local_main_first():
-                    dataset = dataset.map(_name_roles)
-            example = maybe_convert_to_chatml(copy.deepcopy(example))
-            whole_rows = copy.copy(args)
-            whole_rows.max_length, whole_rows.shuffle_dataset = None, False
-            self.completion_only_loss = True  # label the completion, whatever its weight
-            chat_template = self.chat_template
-            if not is_text and "messages" in example and is_conversational(example):
-                whole_rows.assistant_only_loss = True
-                if not has_generation_markers(processing_class.chat_template):
-                    self.chat_template = get_training_chat_template(processing_class)
-                if not is_chat_template_stop_token_trained(processing_class, chat_template=self.chat_template):
-                    logger.warning_once(
-                        "The chat template leaves the end-of-turn token out of the assistant's turn. It counts as "
-                        "prompt, so the model may not learn to stop. Move it inside `{% generation %}` in the template."
-                    )
-            elif is_text or "prompt" not in example:
-                logger.warning_once(
-                    "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no "
-                    "effect. Pass prompt/completion or `messages` columns to use both weights."
-                )
-            dataset = super()._prepare_dataset(
-                dataset, processing_class, whole_rows, False, formatting_func, dataset_name
-            )
-            self.chat_template = chat_template  # other data sets keep the template they have in TRL
-        elif not {*_MASK_COLUMNS, "labels"} & set(example):
+            dataset = self._tokenize_whole_rows(dataset, example, processing_class, args, formatting_func, dataset_name)
+        elif set(REGION_COLUMNS[:3]).isdisjoint(example):
             logger.warning_once(
-                "The tokenized data set has no `completion_mask`, `assistant_masks` or `labels` column: every token is "
+                "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
                 "completion and `prompt_loss_weight` has no effect."
             )
 
         map_kwargs: dict[str, Any] = {}
         if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Finding completions in {dataset_name} dataset"}
-        masks = [name for name in _MASK_COLUMNS if name in get_dataset_column_names(dataset)]
+        used = [name for name in REGION_COLUMNS if name != "labels" and name in get_dataset_column_names(dataset)]
         with global_then_local_main_first():
-            dataset = dataset.map(_label_regions, with_indices=True, remove_columns=masks, **map_kwargs)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
-        return dataset.rename_column("labels", "completion_mask")
+            whole_rows = dataset.map(_label_regions, with_indices=True, remove_columns=used, **map_kwargs)
+        rows_args = copy.copy(args)
+        rows_args.shuffle_dataset = args.shuffle_dataset and packing
+        dataset = super()._prepare_dataset(whole_rows, processing_class, rows_args, packing, None, dataset_name)
+        dataset = dataset.rename_column("labels", "completion_mask")
+        if is_train:
+            dataset = self._drop_rows_without_target(dataset, whole_rows, args)
+        if args.shuffle_dataset and not packing:
+            dataset = dataset.shuffle(seed=args.seed)
+        return dataset
 
-    def _drop_rows_without_target(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """
-        Drops the rows in which every token weighs 0, as TRL drops fully masked ones: not when packing, where such a row
-        keeps its place. Raises `ValueError` if no row has a target. Evaluation keeps all: it measures both regions.
-        """
-        weights = (self.args.prompt_loss_weight, self.args.completion_loss_weight)
-        regions = [region for region, weight in enumerate(weights) if weight != 0]
+    def _tokenize_whole_rows(self, dataset, example, processing_class, args, formatting_func, dataset_name):
+        """Has TRL tokenize the rows without cutting them, with `labels` of -100 outside the completion region."""
+        if formatting_func is None and is_conversational_from_value(example):
+            with global_then_local_main_first():
+                dataset = dataset.map(_name_roles)
+        example = maybe_convert_to_chatml(copy.deepcopy(example))
+        args = copy.copy(args)
+        args.max_length, args.shuffle_dataset = None, False
+        self.completion_only_loss = True  # label the completion, whatever its weight
+        chat_template = self.chat_template
+        if formatting_func is None and "messages" in example and is_conversational(example):
+            if processing_class.chat_template is None:
+                raise ValueError(
+                    "The data set holds conversations, but the tokenizer has no chat template. Set "
+                    "`chat_template_path` to a template file or to a model that has one."
+                )
+            args.assistant_only_loss = True
+            if not has_generation_markers(processing_class.chat_template):
+                self.chat_template = get_training_chat_template(processing_class)
+            if not is_chat_template_stop_token_trained(processing_class, chat_template=self.chat_template):
+                logger.warning_once(
+                    "The chat template leaves the end-of-turn token out of the assistant's turn. It counts as prompt, "
+                    "so the model may not learn to stop. Move it inside `{% generation %}` in the template."
+                )
+        elif formatting_func is not None or "prompt" not in example:
+            logger.warning_once(
+                "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no "
+                "effect. Pass prompt/completion or `messages` columns to use both weights."
+            )
+        try:
+            return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        except RuntimeError as error:
+            if "no assistant tokens" not in str(error):
+                raise
+            raise ValueError(
+                f"A conversation of the {dataset_name} dataset has no assistant turn, so it has no completion. Remove "
+                "such rows."
+            ) from error
+        finally:
+            self.chat_template = chat_template  # other data sets keep the template they have in TRL
 
-        def has_target(example):
-            return any(region in regions for region in example["completion_mask"][1:])
+    @staticmethod
+    def _drop_rows_without_target(
+        dataset: Dataset | IterableDataset, whole_rows: Dataset | IterableDataset, args: WITSFTConfig
+    ) -> Dataset | IterableDataset:
+        """
+        Drops the rows of the training set in which every token weighs 0, where TRL drops fully masked ones: after
+        truncation, but not after packing. Raises `ValueError` if no row has a target. Evaluation sets keep all their
+        rows, since both regions are measured.
+        """
+        weights = (args.prompt_loss_weight, args.completion_loss_weight)
+
+        def has_target(regions):
+            return any(weights[region] != 0 for region in regions[1:] if region != -100)
 
         kept = dataset
-        if len(regions) == 1 and not self.args.packing:
+        if 0 in weights and args.max_length is not None and not args.packing:
             desc = {"desc": "Dropping rows without target from train dataset"} if isinstance(dataset, Dataset) else {}
-            kept = dataset.filter(has_target, **desc)
-        if not any(map(has_target, kept)):
-            lengths = [len(example["input_ids"]) for example in dataset]
-            max_length = self.args.max_length
-            lost = 0 if max_length is None else sum(length >= max_length for length in lengths)
+            kept = dataset.filter(has_target, input_columns="completion_mask", **desc)
+        if not any(has_target(example["completion_mask"]) for example in kept):
+            had_target = [has_target(example["labels"]) for example in whole_rows]
             raise ValueError(
                 f"No row of the train dataset has a token left to train on. The weights of prompt and completion are "
-                f"{weights}, and {lost} of {len(lengths)} rows were cut at `max_length={max_length}`. Raise "
-                "`max_length`, give the other region a weight, or check the data."
+                f"{weights}, and {sum(had_target)} of {len(had_target)} rows were lost to `max_length="
+                f"{args.max_length}`. Raise `max_length`, give the other region a weight, or check the data."
             )
         if isinstance(kept, Dataset) and len(kept) < len(dataset):
             logger.warning(
-                f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of the train dataset: no token of non-zero "
-                f"weight was left, mostly for being cut at `max_length={self.args.max_length}`."
+                f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of the train dataset: they have no token "
+                f"of non-zero weight within `max_length={args.max_length}`."
             )
         return kept
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "completion_mask" not in self._signature_columns:
-            self._signature_columns.append("completion_mask")
+        self._signature_columns += [name for name in REGION_COLUMNS if name not in self._signature_columns]
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
-        # TRL's collator ignores the mask columns, so TRL asks for labels. Ours reads `completion_mask`.
-        unread = {
-            name: dataset
-            for name, dataset in datasets.items()
-            if "completion_mask" not in get_dataset_column_names(dataset)
-        }
-        super()._reject_skip_prepare_without_labels(unread, data_collator)
+        """Allows what TRL rejects: data that skips preparation with masks but no labels. Our collator reads masks."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
+        example_lengths = inputs.pop("example_lengths", None)
         try:
             token_weights, completion_mask = inputs.pop("token_weights"), inputs.pop("completion_mask")
         except KeyError as error:
@@ -304,7 +314,8 @@ class WITSFTTrainer(SFTTrainer):
             pad = (outputs.log_probs.size(1) + 1 - token_weights.size(1), 0)
             weights = F.pad(token_weights, pad)[:, 1:].to(outputs.log_probs.device)
             regions = F.pad(completion_mask, pad, value=-100)[:, 1:].to(outputs.log_probs.device)
-            self._record(_loss_sums(outputs.log_probs.detach(), outputs.label_mask, weights, regions))
+            terms = _loss_terms(outputs.log_probs.detach(), outputs.label_mask, weights, regions)
+            self._record(terms[:, pad[0] :], example_lengths)
             outputs.log_probs = outputs.log_probs * weights
             outputs.label_mask = weights != 0
             outputs.entropy = outputs.entropy * outputs.label_mask
@@ -313,15 +324,22 @@ class WITSFTTrainer(SFTTrainer):
 
         return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
 
-    def _record(self, sums: torch.Tensor) -> None:
+    def _record(self, terms: torch.Tensor, example_lengths: torch.Tensor | None) -> None:
         if self.model.training:
-            self._train_sums += sums.sum(0).to(self._train_sums)
-        else:  # by row, so that the rows which fill up the last batch on several ranks are left out
-            self._eval_sums += self.accelerator.gather_for_metrics(sums).cpu().double().sum(0)
+            self._train_sums += terms.sum((0, 1)).to(self._train_sums)
+            return
+        # By example, so that those which only fill up the last batch on several ranks are left out
+        if example_lengths is None:
+            by_example = terms.sum(1)
+        else:  # all in one row, without the first token, which nothing predicts
+            example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
+            by_example = terms.new_zeros(len(example_lengths), 6).index_add_(0, example, terms[0, : len(example)])
+        self._eval_sums += self.accelerator.gather_for_metrics(by_example).cpu().double().sum(0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:  # a training step, on every rank
-            logs.update(_region_losses(self.accelerator.reduce(self._train_sums).tolist()))
+        if self.model.training:
+            if "loss" in logs:  # a training step, on every rank
+                logs.update(_region_losses(self.accelerator.reduce(self._train_sums).tolist()))
             self._train_sums.zero_()
         super().log(logs, start_time)
 
@@ -342,22 +360,21 @@ class WITSFTTrainer(SFTTrainer):
         return output
 
 
-def _loss_sums(
+def _loss_terms(
     log_probs: torch.Tensor, scored: torch.Tensor, weights: torch.Tensor, regions: torch.Tensor
 ) -> torch.Tensor:
     """
-    Returns, for each row, the negative log-likelihood and the number of its scored prompt tokens, the same of its
-    scored completion tokens, its weighted negative log-likelihood, and the number of tokens of non-zero weight. All
-    arguments are `(B, T)`, the result is `(B, 6)` in float32.
+    Returns, for each token, its negative log-likelihood and 1 if it is a scored prompt token, the same if it is a
+    scored completion token, its weighted negative log-likelihood, and 1 if its weight is not zero. All arguments are
+    `(B, T)`, the result is `(B, T, 6)` in float32.
     """
     nll = -log_probs.float()
     prompt, completion = scored & (regions == 0), scored & (regions == 1)
-    columns = (nll * prompt, prompt, nll * completion, completion, nll * weights, weights != 0)
-    return torch.stack([column.sum(1, dtype=torch.float32) for column in columns], dim=1)
+    return torch.stack((nll * prompt, prompt, nll * completion, completion, nll * weights, weights != 0), dim=-1)
 
 
 def _region_losses(sums: list[float]) -> dict[str, float]:
-    """Returns the mean negative log-likelihood of each region that has tokens, from the first sums of `_loss_sums`."""
+    """Returns the mean negative log-likelihood of each region that has tokens, from the first sums of `_loss_terms`."""
     prompt_sum, prompt_count, completion_sum, completion_count, *_ = sums
     losses = {}
     if prompt_count:
