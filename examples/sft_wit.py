@@ -52,7 +52,7 @@ EMBEDDED_DEFAULTS = {
     "num_train_epochs": 1,
     "logging_steps": 10,
     "eval_strategy": "steps",
-    "eval_steps": 90,
+    "eval_steps": 91,
     "eval_on_start": True,
     "save_strategy": "no",
     "report_to": "none",
@@ -110,7 +110,8 @@ def plot_losses(log_history: list[dict], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), style, color=colour, label=f"{prefix}{region}_loss")
     axes.set(xlabel="step", ylabel="nats per token", title="Unweighted loss of each region")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     plt.savefig(path, dpi=120, bbox_inches="tight")
 
 

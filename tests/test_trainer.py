@@ -409,6 +409,14 @@ def test_formatting_func_that_trl_would_ignore_is_refused(columns, make_model, t
         make_trainer(make_model, tokenizer, rows, config_kwargs, formatting_func=lambda row: "a")
 
 
+@pytest.mark.parametrize("columns", [["instruction", "output"], ["prompt"]])
+def test_unknown_columns_are_refused(columns, make_model, tokenizer, config_kwargs):
+    rows = [dict.fromkeys(columns, "text")]
+    message = rf"The train dataset has the columns \['{columns[0]}'.*but needs `prompt` and `completion`, .* Rename"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_model, tokenizer, rows, config_kwargs)
+
+
 def test_empty_data_is_refused(rows, make_model, tokenizer, config_kwargs):
     empty = Dataset.from_dict({"prompt": [], "completion": []})
     with pytest.raises(ValueError, match=r"`train_dataset` is empty\. Check the file"):

@@ -217,6 +217,13 @@ class WITSFTTrainer(SFTTrainer):
             with global_then_local_main_first():
                 dataset = dataset.map(_name_roles)
         example = maybe_convert_to_chatml(copy.deepcopy(example))
+        known = ({"prompt", "completion"}, {"messages"}, {args.dataset_text_field})
+        if formatting_func is None and not any(columns <= set(example) for columns in known):
+            raise ValueError(
+                f"The {dataset_name} dataset has the columns {list(example)}, but needs `prompt` and `completion`, "
+                f"`messages`, `conversations`, `{args.dataset_text_field}` or `input_ids`. Rename its columns, or make "
+                "plain text of them with `formatting_func`."
+            )
         args = copy.copy(args)
         args.max_length, args.shuffle_dataset = None, False
         self.completion_only_loss = True  # label the completion, whatever its weight
