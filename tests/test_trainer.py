@@ -436,6 +436,17 @@ def test_conversation_without_template_or_assistant_is_refused(messages, make_mo
         make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
 
 
+def test_template_that_leaves_out_the_end_of_turn_warns(messages, make_model, tokenizer, config_kwargs, caplog):
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>"
+        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}<|eot_id|>{% endfor %}"
+    )
+    inspect.getmodule(WITSFTTrainer).logger.warning_once.cache_clear()
+    make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
+    assert "The chat template leaves the end-of-turn token out of the assistant's turn" in caplog.text
+
+
 def test_padding_in_the_data_is_never_a_target(rows, make_model, tokenizer, config_kwargs):
     padded = [
         {
