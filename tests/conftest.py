@@ -79,6 +79,14 @@ def make_model():
     return make
 
 
+@pytest.fixture(params=["one_pass", "trl_kernel"])
+def head(request, monkeypatch):
+    """The head that computes the loss: the one-pass head, or TRL's kernel as on devices where that is not used."""
+    if request.param == "trl_kernel":
+        monkeypatch.setattr("wit_trl.trainer._ONE_PASS_DEVICES", ())
+    return request.param
+
+
 @pytest.fixture
 def config_kwargs(tmp_path):
     """Arguments of a short, deterministic training in float32 on CPU, for `SFTConfig` and `WITSFTConfig` alike."""

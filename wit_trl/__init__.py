@@ -2,9 +2,9 @@
 
 from .config import WITSFTConfig
 from .data_collator import DataCollatorForWIT
-from .loss import wit_loss
+from .loss import weighted_linear_cross_entropy, wit_loss
 from .trainer import WITSFTTrainer
 
 
-__all__ = ["DataCollatorForWIT", "WITSFTConfig", "WITSFTTrainer", "wit_loss"]
+__all__ = ["DataCollatorForWIT", "WITSFTConfig", "WITSFTTrainer", "weighted_linear_cross_entropy", "wit_loss"]
 __version__ = "0.1.0"

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -29,10 +30,13 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from .config import WITSFTConfig
 from .data_collator import REGION_COLUMNS, DataCollatorForWIT, token_regions
+from .lm_head import WeightedLMHead
 
 
 logger = get_logger(__name__)
 
+# Where the one-pass head was tested and timed. Elsewhere TRL's kernel runs, with the weights applied to its result.
+_ONE_PASS_DEVICES = ("cpu",)
 _TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -164,6 +168,7 @@ class WITSFTTrainer(SFTTrainer):
                 module.support_avx512bf16_for_cpu = False
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
+        self._lm_head = WeightedLMHead()
         # Sums of `_loss_terms` since the last log, on this rank. MPS has no float64.
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         self._train_sums = torch.zeros(6, dtype=dtype, device=self.args.device)
@@ -314,16 +319,22 @@ class WITSFTTrainer(SFTTrainer):
         def weighted_model(fused_lm_head=False, **kwargs):
             if not fused_lm_head:  # the full logits, for `compute_metrics`
                 return model(**kwargs)
+            scored = token_weights != 0
             if not self.model.training:  # score both regions, whatever their weights
-                kwargs["labels"] = inputs["input_ids"].masked_fill(completion_mask == -100, -100)
-            outputs = model(fused_lm_head=True, **kwargs)
+                scored = completion_mask != -100
+                kwargs["labels"] = inputs["input_ids"].masked_fill(~scored, -100)
+            one_pass = token_weights.device.type in _ONE_PASS_DEVICES
+            with self._lm_head.weigh(token_weights, scored) if one_pass else contextlib.nullcontext():
+                outputs = model(fused_lm_head=True, **kwargs)
             # Aligned with `log_probs` (B, T' - 1): prompt learning puts virtual tokens in front, which weigh nothing
             pad = (outputs.log_probs.size(1) + 1 - token_weights.size(1), 0)
             weights = F.pad(token_weights, pad)[:, 1:].to(outputs.log_probs.device)
             regions = F.pad(completion_mask, pad, value=-100)[:, 1:].to(outputs.log_probs.device)
-            terms = _loss_terms(outputs.log_probs.detach(), outputs.label_mask, weights, regions)
+            nll = self._lm_head.nll.view_as(regions) if one_pass else -outputs.log_probs.detach()
+            terms = _loss_terms(nll, outputs.label_mask, weights, regions)
             self._record(terms[:, pad[0] :], example_lengths)
-            outputs.log_probs = outputs.log_probs * weights
+            if not one_pass:
+                outputs.log_probs = outputs.log_probs * weights
             outputs.label_mask = weights != 0
             outputs.entropy = outputs.entropy * outputs.label_mask
             outputs.is_top1 = outputs.is_top1 & outputs.label_mask
@@ -367,15 +378,13 @@ class WITSFTTrainer(SFTTrainer):
         return output
 
 
-def _loss_terms(
-    log_probs: torch.Tensor, scored: torch.Tensor, weights: torch.Tensor, regions: torch.Tensor
-) -> torch.Tensor:
+def _loss_terms(nll: torch.Tensor, scored: torch.Tensor, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """
     Returns, for each token, its negative log-likelihood and 1 if it is a scored prompt token, the same if it is a
     scored completion token, its weighted negative log-likelihood, and 1 if its weight is not zero. All arguments are
     `(B, T)`, the result is `(B, T, 6)` in float32.
     """
-    nll = -log_probs.float()
+    nll = nll.float()
     prompt, completion = scored & (regions == 0), scored & (regions == 1)
     return torch.stack((nll * prompt, prompt, nll * completion, completion, nll * weights, weights != 0), dim=-1)
 
