@@ -111,6 +111,7 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if "seq_lengths" in examples[0] and not self.padding_free:
+            # mypy does not follow TRL's class, which has the field
             return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
         # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
         batch = super().torch_call([{**example, "labels": token_regions(example)} for example in examples])

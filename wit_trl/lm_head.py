@@ -8,6 +8,14 @@ from trl.trainer import utils
 from .loss import weighted_linear_cross_entropy
 
 
+def align_with_targets(values: torch.Tensor, length: int, fill: float = 0) -> torch.Tensor:
+    """
+    Returns values of tokens `(B, T)` as values of the `length` targets of each row. The first token, which nothing
+    predicts, falls away; the virtual tokens that prompt learning puts in front, which are no targets, get `fill`.
+    """
+    return F.pad(values, (length + 1 - values.size(1), 0), value=fill)[:, 1:]
+
+
 class WeightedLMHead:
     """
     Stands in for the kernel of the fused LM head that TRL gives a model, for the calls made within `weigh`.
@@ -37,11 +45,9 @@ class WeightedLMHead:
 
     @torch.compiler.disable
     def apply(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        batch_size, length = self._token_weights.shape
-        # Prompt learning puts virtual tokens in front, which are no targets
-        pad = (len(targets) // batch_size + 1 - length, 0)
-        token_weights = F.pad(self._token_weights, pad)[:, 1:].reshape(-1)
-        scored = F.pad(self._scored, pad)[:, 1:].reshape(-1)
+        length = len(targets) // len(self._token_weights)
+        token_weights = align_with_targets(self._token_weights, length).reshape(-1)
+        scored = align_with_targets(self._scored, length).reshape(-1)
         loss, self.nll, entropy, is_top1 = weighted_linear_cross_entropy(
             hidden_states,
             weight,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
@@ -30,7 +29,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from .config import WITSFTConfig
 from .data_collator import REGION_COLUMNS, DataCollatorForWIT, token_regions
-from .lm_head import WeightedLMHead
+from .lm_head import WeightedLMHead, align_with_targets
 
 
 logger = get_logger(__name__)
@@ -326,13 +325,12 @@ class WITSFTTrainer(SFTTrainer):
             one_pass = token_weights.device.type in _ONE_PASS_DEVICES
             with self._lm_head.weigh(token_weights, scored) if one_pass else contextlib.nullcontext():
                 outputs = model(fused_lm_head=True, **kwargs)
-            # Aligned with `log_probs` (B, T' - 1): prompt learning puts virtual tokens in front, which weigh nothing
-            pad = (outputs.log_probs.size(1) + 1 - token_weights.size(1), 0)
-            weights = F.pad(token_weights, pad)[:, 1:].to(outputs.log_probs.device)
-            regions = F.pad(completion_mask, pad, value=-100)[:, 1:].to(outputs.log_probs.device)
+            device, length = outputs.log_probs.device, outputs.log_probs.size(1)
+            weights = align_with_targets(token_weights, length).to(device)
+            regions = align_with_targets(completion_mask, length, fill=-100).to(device)
             nll = self._lm_head.nll.view_as(regions) if one_pass else -outputs.log_probs.detach()
             terms = _loss_terms(nll, outputs.label_mask, weights, regions)
-            self._record(terms[:, pad[0] :], example_lengths)
+            self._record(terms[:, length + 1 - token_weights.size(1) :], example_lengths)  # without virtual tokens
             if not one_pass:
                 outputs.log_probs = outputs.log_probs * weights
             outputs.label_mask = weights != 0
