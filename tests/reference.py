@@ -30,3 +30,15 @@ def formula(model, rows, weights):
     return sum(weight * s for weight, s in zip(weights, sums, strict=True)) / count, [
         s.item() / n for s, n in zip(sums, counts, strict=True)
     ]
+
+
+def token_metrics(model, rows, weights):
+    """Mean entropy in nats, and share of top-1 predictions, of the tokens whose weight is not zero."""
+    entropies, hits = [], []
+    for row in rows:
+        probabilities = torch.softmax(model(torch.tensor([row["input_ids"]])).logits[0].detach(), dim=1)
+        for t in range(1, len(row["input_ids"])):
+            if weights[row["completion_mask"][t]] != 0:
+                entropies.append(-(probabilities[t - 1] * probabilities[t - 1].log()).sum().item())
+                hits.append(int(probabilities[t - 1].argmax()) == row["input_ids"][t])
+    return sum(entropies) / len(entropies), sum(hits) / len(hits)

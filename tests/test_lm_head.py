@@ -1,24 +1,7 @@
 import torch
 from trl.trainer import utils
 
-from wit_trl.lm_head import WeightedLMHead
-
-
-def kernel_call(head, hidden_states, weight, targets):
-    outputs = ("log_probs", "entropy", "is_top1")
-    return head.apply(hidden_states, weight, None, targets, 1.0, 32768, None, 1.0, outputs)
-
-
-def test_stands_in_for_the_kernel_only_within_the_call():
-    kernel, head = utils._ChunkedLogProbFunction, WeightedLMHead()
-    with head.weigh(torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)):
-        assert utils._ChunkedLogProbFunction is head
-    assert utils._ChunkedLogProbFunction is kernel
-    try:
-        with head.weigh(torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)):
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert utils._ChunkedLogProbFunction is kernel
+from wit_trl.lm_head import _OnePassKernel
 
 
 def test_sum_of_weighted_log_probs_has_the_gradient_of_trl():
@@ -26,14 +9,13 @@ def test_sum_of_weighted_log_probs_has_the_gradient_of_trl():
     weights = torch.tensor([[0.0, 0.2, 0.8, 0.0], [0.0, 0.0, 0.8, 0.2]])
     targets = torch.randint(11, (6,))
     results = []
-    for head in (WeightedLMHead(), utils._ChunkedLogProbFunction):
+    for kernel in (_OnePassKernel(weights, weights != 0), utils._ChunkedLogProbFunction):
         torch.manual_seed(1)
         hidden_states, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
-        if isinstance(head, WeightedLMHead):
-            with head.weigh(weights, weights != 0):
-                log_probs, entropy, _, _, is_top1 = kernel_call(head, hidden_states, weight, targets)
-        else:
-            log_probs, entropy, _, _, is_top1 = kernel_call(head, hidden_states, weight, targets)
+        log_probs, entropy, _, _, is_top1 = kernel.apply(
+            hidden_states, weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy", "is_top1")
+        )
+        if kernel is utils._ChunkedLogProbFunction:
             mask = (weights[:, 1:] != 0).reshape(-1)
             log_probs, entropy, is_top1 = log_probs * weights[:, 1:].reshape(-1), entropy * mask, is_top1 & mask
         (-3.0 * log_probs.sum()).backward()

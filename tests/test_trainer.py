@@ -9,16 +9,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT, WITSFTConfig, WITSFTTrainer
 
-from .reference import formula, tokenize
+from .reference import formula, token_metrics, tokenize
 
 
 WEIGHTS = (0.2, 0.8)
-TRL_DEPRECATES_LOGITS = pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
 
 
 class StepRecorder(TrainerCallback):
@@ -115,6 +115,9 @@ def test_evaluation_is_exact_for_every_batch_size(
     assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert metrics["eval_prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
     assert metrics["eval_completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+    entropy, accuracy = token_metrics(make_model().double(), rows, weights)
+    assert metrics["eval_entropy"] == pytest.approx(entropy, rel=1e-6)
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(accuracy)
 
 
 def test_padding_free_and_packed_evaluation_equal_the_padded_one(head, rows, make_model, tokenizer, config_kwargs):
@@ -127,8 +130,10 @@ def test_padding_free_and_packed_evaluation_equal_the_padded_one(head, rows, mak
     assert results[2] == pytest.approx(results[0], rel=1e-6)
 
 
-def test_evaluation_metrics_of_trl_do_not_change(head, rows, make_model, tokenizer, config_kwargs):
+def test_metrics_of_trl_do_not_change(head, rows, make_model, tokenizer, config_kwargs):
     labelled = Dataset.from_list(rows)
+    # TRL averages over micro-batches, we over tokens: the same for one micro-batch
+    config_kwargs |= {"per_device_eval_batch_size": len(rows), "gradient_accumulation_steps": 1}
     expected = SFTTrainer(
         make_model(),
         SFTConfig(completion_only_loss=True, train_sampling_strategy="sequential", **config_kwargs),
@@ -142,7 +147,8 @@ def test_evaluation_metrics_of_trl_do_not_change(head, rows, make_model, tokeniz
         assert metrics[key] == pytest.approx(expected_metrics[key], rel=1e-6)
     trainer.train()
     expected.train()
-    logged, expected_logged = trainer.state.log_history[-2], expected.state.log_history[-2]
+    assert set(trainer.evaluate()) == set(expected.evaluate()) | {"eval_prompt_loss", "eval_completion_loss"}
+    logged, expected_logged = trainer.state.log_history[-3], expected.state.log_history[-3]
     assert set(logged) == set(expected_logged) | {"completion_loss"}
     for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
         assert logged[key] == pytest.approx(expected_logged[key], rel=1e-6)
@@ -163,7 +169,6 @@ def test_best_model_can_be_chosen_by_completion_loss(rows, make_model, tokenizer
     assert trainer.state.best_metric == min(logged)
 
 
-@TRL_DEPRECATES_LOGITS
 @pytest.mark.parametrize("train_on", ["pairs", "chat"])
 def test_several_evaluation_sets_and_later_data(
     train_on, prompt_completion, messages, make_model, tokenizer, config_kwargs
@@ -190,7 +195,6 @@ def test_several_evaluation_sets_and_later_data(
             assert predicted[f"test_{loss}"] == pytest.approx(metrics[f"eval_{name}_{loss}"], rel=1e-6)
 
 
-@TRL_DEPRECATES_LOGITS
 def test_compute_metrics_gets_logits_and_labels(rows, make_model, tokenizer, config_kwargs):
     seen = {}
 
@@ -217,16 +221,60 @@ def test_compute_metrics_gets_logits_and_labels(rows, make_model, tokenizer, con
 
 
 @pytest.mark.parametrize("logging_steps", [1, 2])
-def test_region_losses_cover_the_logging_interval(head, logging_steps, rows, make_model, tokenizer, config_kwargs):
+def test_metrics_cover_the_logging_interval(head, logging_steps, rows, make_model, tokenizer, config_kwargs):
     config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": logging_steps}
     recorder = StepRecorder()
     make_trainer(make_model, tokenizer, rows, config_kwargs, callbacks=[recorder]).train()
     assert len(recorder.logs) == 2 // logging_steps
     size = 4 * logging_steps
     for i, logs in enumerate(recorder.logs):
-        _, (prompt_loss, completion_loss) = formula(make_model().double(), rows[i * size : (i + 1) * size], WEIGHTS)
+        seen = rows[i * size : (i + 1) * size]
+        _, (prompt_loss, completion_loss) = formula(make_model().double(), seen, WEIGHTS)
         assert logs["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
         assert logs["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+        entropy, accuracy = token_metrics(make_model().double(), seen, WEIGHTS)
+        assert logs["entropy"] == pytest.approx(entropy, rel=1e-6)
+        assert logs["mean_token_accuracy"] == pytest.approx(accuracy)
+        assert logs["num_tokens"] == sum(len(row["input_ids"]) for row in rows[: (i + 1) * size])
+
+
+def test_metrics_are_reduced_once_per_logging_step(rows, make_model, tokenizer, config_kwargs, monkeypatch):
+    calls = []
+    for name in ("gather", "gather_for_metrics", "pad_across_processes", "reduce"):
+        original = getattr(Accelerator, name)
+
+        def counted(self, tensor, *args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(self, tensor, *args, **kwargs)
+
+        monkeypatch.setattr(Accelerator, name, counted)
+    config_kwargs |= {"max_steps": 4, "logging_steps": 2, "gradient_accumulation_steps": 2}
+    make_trainer(make_model, tokenizer, rows, config_kwargs).train()
+    assert calls == ["reduce", "reduce"]
+
+
+class SynchronisationCounter(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_loss_does_not_make_the_host_wait(head, rows, make_model, tokenizer, config_kwargs):
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    trainer.model.train()
+    batch = trainer.data_collator(rows[:2])
+    with SynchronisationCounter() as forward:
+        trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}, fused_lm_head=True)
+    with SynchronisationCounter() as step:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(50))
+    # The one-pass head selects the scored tokens, as TRL's kernel does on GPUs
+    assert step.count == forward.count + (head == "one_pass")
 
 
 @pytest.mark.parametrize("packing", [False, "bfd", "bfd_split", "wrapped"])
@@ -548,9 +596,11 @@ def test_resumed_training_ends_in_the_same_parameters(rows, make_model, tokenize
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"][-1]["step"] == 4
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), WEIGHTS])
-def test_auxiliary_loss_of_experts_is_kept(head, weights, rows, tokenizer, config_kwargs):
-    def make_model():
+@pytest.fixture
+def make_experts():
+    """A function that returns the same tiny Mixture-of-Experts model at every call."""
+
+    def make():
         torch.manual_seed(0)
         return MixtralForCausalLM(
             MixtralConfig(
@@ -568,14 +618,31 @@ def test_auxiliary_loss_of_experts_is_kept(head, weights, rows, tokenizer, confi
             )
         )
 
-    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, weights, eval_dataset=Dataset.from_list(rows))
+    return make
+
+
+def test_auxiliary_loss_of_experts_is_added(head, rows, make_experts, tokenizer, config_kwargs):
+    trainer = make_trainer(make_experts, tokenizer, rows, config_kwargs, eval_dataset=Dataset.from_list(rows))
     evaluated = trainer.evaluate()
     trainer.train()
     first = trainer.state.log_history[0]
-    loss, _ = formula(make_model().double(), rows[:4], weights)
+    loss, _ = formula(make_experts().double(), rows[:4], WEIGHTS)
     assert first["loss"] == pytest.approx(loss.item() + 0.1 * first["aux_loss"], rel=1e-5)
     assert first["aux_loss"] > 1
-    assert evaluated["eval_loss"] == pytest.approx(formula(make_model().double(), rows, weights)[0].item(), rel=1e-6)
+    assert evaluated["eval_loss"] == pytest.approx(formula(make_experts().double(), rows, WEIGHTS)[0].item(), rel=1e-6)
+
+
+def test_auxiliary_loss_of_experts_is_that_of_trl(head, rows, make_experts, tokenizer, config_kwargs):
+    datasets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows)}
+    trainer = make_trainer(make_experts, tokenizer, rows, config_kwargs, (1, 1), **datasets)
+    args = SFTConfig(completion_only_loss=False, train_sampling_strategy="sequential", **config_kwargs)
+    expected = SFTTrainer(make_experts(), args, processing_class=tokenizer, **datasets)
+    assert trainer.evaluate()["eval_aux_loss"] == pytest.approx(expected.evaluate()["eval_aux_loss"], rel=1e-6)
+    trainer.train()
+    expected.train()
+    for log, expected_log in zip(trainer.state.log_history[:3], expected.state.log_history[:3], strict=True):
+        for key in ("loss", "grad_norm", "aux_loss"):
+            assert log[key] == pytest.approx(expected_log[key], rel=1e-5)
 
 
 def test_divisor_counts_for_models_that_take_no_loss_arguments(head, rows, make_model, tokenizer, config_kwargs):

@@ -1,11 +1,16 @@
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from trl.trainer import utils
+from trl.trainer.utils import FusedCausalLMOutput
 
 from .loss import weighted_linear_cross_entropy
+
+
+# Where the one-pass head was tested and timed. Elsewhere TRL's kernel runs, with the weights applied to its result.
+_ONE_PASS_DEVICES = ("cpu",)
 
 
 def align_with_targets(values: torch.Tensor, length: int, fill: float = 0) -> torch.Tensor:
@@ -16,32 +21,43 @@ def align_with_targets(values: torch.Tensor, length: int, fill: float = 0) -> to
     return F.pad(values, (length + 1 - values.size(1), 0), value=fill)[:, 1:]
 
 
-class WeightedLMHead:
+def weighted_forward(
+    model: torch.nn.Module, inputs: dict[str, Any], token_weights: torch.Tensor
+) -> tuple[FusedCausalLMOutput, torch.Tensor]:
     """
-    Stands in for the kernel of the fused LM head that TRL gives a model, for the calls made within `weigh`.
+    Calls a model that has TRL's fused LM head and weighs what it returns, without building the logits.
 
-    TRL's forward runs the backbone, gathers the head and asks its kernel for the log-probabilities of all tokens. Here
-    they come from [`weighted_linear_cross_entropy`], already multiplied by the token's weight, and the unweighted
-    negative log-likelihoods are kept in `nll`, a float32 tensor of shape `(B * (T - 1),)` without gradient. The
-    gradient is formed in the forward pass, so it is right for a loss that adds up the log-probabilities, as TRL's does,
-    and for no other.
+    Returns the output of TRL, with `log_probs` multiplied by the weight of the target, and the unweighted negative
+    log-likelihood of each target, in nats and without gradient, in the shape of `log_probs`. Where the gradient is
+    formed in the forward pass, it is right for a loss that adds up the log-probabilities, and for no other.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model prepared by [`~trl.trainer.utils.add_fused_lm_head`] and then wrapped in any way.
+        inputs (`dict[str, Any]`):
+            Arguments of its forward. `"labels"` is -100 where a token is not scored.
+        token_weights (`torch.Tensor` of shape `(B, T)`):
+            Weight of each token as a target, 0 where it is not scored.
+    """
+    if token_weights.device.type in _ONE_PASS_DEVICES:
+        kernel = _OnePassKernel(token_weights, inputs["labels"] != -100)
+        with patch.object(utils, "_ChunkedLogProbFunction", kernel):
+            outputs = model(**inputs, fused_lm_head=True)
+        return outputs, kernel.nll.view_as(outputs.log_probs)
+    outputs = model(**inputs, fused_lm_head=True)
+    nll = -outputs.log_probs.detach()
+    outputs.log_probs = outputs.log_probs * align_with_targets(token_weights, nll.size(1)).to(nll.device)
+    return outputs, nll
+
+
+class _OnePassKernel:
+    """
+    Stands in for the kernel of TRL's fused LM head, `trl.kernels.ChunkedLogProbFunction`. TRL's forward runs the
+    backbone, gathers the head and asks its kernel for the log-probabilities of all tokens.
     """
 
-    @contextmanager
-    def weigh(self, token_weights: torch.Tensor, scored: torch.Tensor) -> Iterator[None]:
-        """
-        Args:
-            token_weights (`torch.Tensor` of shape `(B, T)`):
-                Weight of each token as a target.
-            scored (`torch.Tensor` of shape `(B, T)`):
-                Which tokens to score, whatever their weight.
-        """
+    def __init__(self, token_weights: torch.Tensor, scored: torch.Tensor):
         self._token_weights, self._scored = token_weights, scored
-        kernel, utils._ChunkedLogProbFunction = utils._ChunkedLogProbFunction, self
-        try:
-            yield
-        finally:
-            utils._ChunkedLogProbFunction = kernel
 
     @torch.compiler.disable
     def apply(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):

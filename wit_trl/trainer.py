@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -25,17 +24,16 @@ from trl.data_utils import (
     is_conversational_from_value,
     maybe_convert_to_chatml,
 )
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first
 
 from .config import WITSFTConfig
 from .data_collator import REGION_COLUMNS, DataCollatorForWIT, token_regions
-from .lm_head import WeightedLMHead, align_with_targets
+from .lm_head import align_with_targets, weighted_forward
 
 
 logger = get_logger(__name__)
 
-# Where the one-pass head was tested and timed. Elsewhere TRL's kernel runs, with the weights applied to its result.
-_ONE_PASS_DEVICES = ("cpu",)
+_NUM_TERMS = 8  # of `_loss_terms`
 _TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -167,11 +165,11 @@ class WITSFTTrainer(SFTTrainer):
                 module.support_avx512bf16_for_cpu = False
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        self._lm_head = WeightedLMHead()
-        # Sums of `_loss_terms` since the last log, on this rank. MPS has no float64.
+        # On this rank: sums of `_loss_terms`, then of auxiliary losses and of micro-batches, since the last log, and of
+        # tokens since the start. MPS has no float64.
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._train_sums = torch.zeros(6, dtype=dtype, device=self.args.device)
-        self._eval_sums = torch.zeros(6, dtype=torch.float64)
+        self._train_sums = torch.zeros(_NUM_TERMS + 3, dtype=dtype, device=self.args.device)
+        self._eval_sums = torch.zeros(_NUM_TERMS, dtype=torch.float64)
 
     def _prepare_dataset(
         self,
@@ -313,50 +311,69 @@ class WITSFTTrainer(SFTTrainer):
                 "`token_weights` and `completion_mask` as it does."
             ) from error
 
-        # TRL's loss is the sum of `-outputs.log_probs` over `num_items_in_batch`, so weighing the log-probabilities
-        # that the model returns weighs the loss, and TRL does all the rest
-        def weighted_model(fused_lm_head=False, **kwargs):
-            if not fused_lm_head:  # the full logits, for `compute_metrics`
-                return model(**kwargs)
-            scored = token_weights != 0
-            if not self.model.training:  # score both regions, whatever their weights
-                scored = completion_mask != -100
-                kwargs["labels"] = inputs["input_ids"].masked_fill(~scored, -100)
-            one_pass = token_weights.device.type in _ONE_PASS_DEVICES
-            with self._lm_head.weigh(token_weights, scored) if one_pass else contextlib.nullcontext():
-                outputs = model(fused_lm_head=True, **kwargs)
-            device, length = outputs.log_probs.device, outputs.log_probs.size(1)
-            weights = align_with_targets(token_weights, length).to(device)
-            regions = align_with_targets(completion_mask, length, fill=-100).to(device)
-            nll = self._lm_head.nll.view_as(regions) if one_pass else -outputs.log_probs.detach()
-            terms = _loss_terms(nll, outputs.label_mask, weights, regions)
-            self._record(terms[:, length + 1 - token_weights.size(1) :], example_lengths)  # without virtual tokens
-            if not one_pass:
-                outputs.log_probs = outputs.log_probs * weights
-            outputs.label_mask = weights != 0
-            outputs.entropy = outputs.entropy * outputs.label_mask
-            outputs.is_top1 = outputs.is_top1 & outputs.label_mask
-            return outputs
+        training = self.model.training
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        if not training:  # score both regions, whatever their weights
+            inputs["labels"] = inputs["input_ids"].masked_fill(completion_mask == -100, -100)
+        outputs, nll = weighted_forward(model, inputs, token_weights)
 
-        return super().compute_loss(weighted_model, inputs, return_outputs, num_items_in_batch)
+        # As in TRL: the divisor counts the tokens of all ranks, over which the gradients are averaged. The auxiliary
+        # loss is a mean over the micro-batch.
+        divisor = (token_weights[:, 1:] != 0).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(divisor).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self._tp_size)
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
-    def _record(self, terms: torch.Tensor, example_lengths: torch.Tensor | None) -> None:
-        if self.model.training:
-            self._train_sums += terms.sum((0, 1)).to(self._train_sums)
-            return
-        # By example, so that those which only fill up the last batch on several ranks are left out
+        length = nll.size(1)
+        terms = _loss_terms(
+            nll,
+            outputs,
+            align_with_targets(token_weights, length).to(nll.device),
+            align_with_targets(completion_mask, length, fill=-100).to(nll.device),
+        )
+        terms = terms[:, length + 1 - token_weights.size(1) :]  # without virtual tokens
+        if training:
+            num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._train_sums[:_NUM_TERMS] += terms.sum((0, 1)).to(self._train_sums)
+            if self.aux_loss_enabled:
+                self._train_sums[-3] += outputs.aux_loss.detach()
+            self._train_sums[-2] += 1
+            self._train_sums[-1] += num_tokens
+        else:
+            self._eval_sums += self._sum_over_ranks(terms, example_lengths)
+            if self.aux_loss_enabled:
+                aux_loss = self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item()
+                self._metrics["eval"]["aux_loss"].append(aux_loss)
+
+        if return_outputs:  # the logits, for `compute_metrics`
+            with torch.no_grad():
+                outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return (loss, outputs) if return_outputs else loss
+
+    def _sum_over_ranks(self, terms: torch.Tensor, example_lengths: torch.Tensor | None) -> torch.Tensor:
+        """Adds up the terms by example, to leave out the examples that only fill up the last batch on several ranks."""
         if example_lengths is None:
             by_example = terms.sum(1)
         else:  # all in one row, without the first token, which nothing predicts
             example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
-            by_example = terms.new_zeros(len(example_lengths), 6).index_add_(0, example, terms[0, : len(example)])
-        self._eval_sums += self.accelerator.gather_for_metrics(by_example).cpu().double().sum(0)
+            by_example = terms.new_zeros(len(example_lengths), _NUM_TERMS)
+            by_example.index_add_(0, example, terms[0, : len(example)])
+        return self.accelerator.gather_for_metrics(by_example).cpu().double().sum(0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
-            if "loss" in logs:  # a training step, on every rank
-                logs.update(_region_losses(self.accelerator.reduce(self._train_sums).tolist()))
-            self._train_sums.zero_()
+        if self.model.training and "loss" in logs:  # a training step, on every rank
+            *terms, aux_loss, micro_batches, num_tokens = self.accelerator.reduce(self._train_sums).tolist()
+            self._train_sums[:-1].zero_()
+            metrics = _token_metrics(terms)
+            if self.aux_loss_enabled:
+                metrics["aux_loss"] = aux_loss / micro_batches
+            self._total_train_tokens = int(num_tokens) // self._tp_size
+            logs.update({"num_tokens": self._total_train_tokens, **metrics, **_region_losses(terms)})
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -367,28 +384,42 @@ class WITSFTTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._eval_sums = torch.zeros(6, dtype=torch.float64)
+        self._eval_sums.zero_()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        *regions, weighted_sum, count = self._eval_sums.tolist()
+        *_, weighted_sum, count, _, _ = terms = self._eval_sums.tolist()
         # `Trainer` averages the losses of the batches, which is no mean over tokens
-        losses = {"loss": weighted_sum / max(count, 1), **_region_losses(regions)}
+        losses = {"loss": weighted_sum / max(count, 1), **_region_losses(terms)}
         output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in losses.items()})
+        num_tokens = int(self.accelerator.reduce(self._train_sums)[-1]) // self._tp_size
+        for name, value in {"num_tokens": num_tokens, **_token_metrics(terms)}.items():
+            self._metrics["eval"][name] = [value]  # which TRL logs with its prefix
         return output
 
 
-def _loss_terms(nll: torch.Tensor, scored: torch.Tensor, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+def _loss_terms(
+    nll: torch.Tensor, outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor
+) -> torch.Tensor:
     """
     Returns, for each token, its negative log-likelihood and 1 if it is a scored prompt token, the same if it is a
-    scored completion token, its weighted negative log-likelihood, and 1 if its weight is not zero. All arguments are
-    `(B, T)`, the result is `(B, T, 6)` in float32.
+    scored completion token, and if its weight is not zero its weighted negative log-likelihood, 1, the entropy, and
+    whether it is the most likely token. All arguments are `(B, T)`, the result is `(B, T, 8)` in float32.
     """
-    nll = nll.float()
-    prompt, completion = scored & (regions == 0), scored & (regions == 1)
-    return torch.stack((nll * prompt, prompt, nll * completion, completion, nll * weights, weights != 0), dim=-1)
+    nll, entropy = nll.float(), outputs.entropy.detach().float()
+    prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
+    weighted = weights != 0
+    by_region = (nll * prompt, prompt, nll * completion, completion)
+    by_weight = (nll * weights, weighted, entropy * weighted, outputs.is_top1 & weighted)
+    return torch.stack(by_region + by_weight, dim=-1)
+
+
+def _token_metrics(terms: list[float]) -> dict[str, float]:
+    """Returns the metrics that TRL logs for the tokens it trains, from sums of `_loss_terms`."""
+    *_, count, entropy, correct = terms
+    return {"entropy": entropy / max(count, 1), "mean_token_accuracy": correct / max(count, 1)}
 
 
 def _region_losses(sums: list[float]) -> dict[str, float]:
-    """Returns the mean negative log-likelihood of each region that has tokens, from the first sums of `_loss_terms`."""
+    """Returns the mean negative log-likelihood of each region that has tokens, from sums of `_loss_terms`."""
     prompt_sum, prompt_count, completion_sum, completion_count, *_ = sums
     losses = {}
     if prompt_count:
