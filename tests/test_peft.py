@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
 
@@ -104,6 +105,36 @@ def test_qlora_in_four_bits_on_cpu(train, make_model, tmp_path):
         assert parameter.requires_grad == ("lora" in name)
         if "lora_B" in name:
             assert not torch.equal(parameter, start[name]), name
+
+
+# 8-bit layers round their inputs too, by row of the batch
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-5), (8, 1e-2)])
+def test_quantized_head_trains_as_the_model_computes_it(
+    bits, tolerance, head, rows, make_model, tokenizer, config_kwargs, tmp_path
+):
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    load = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {"load_in_8bit": True}
+    quantization = BitsAndBytesConfig(**load, llm_int8_skip_modules=["none"])
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    assert type(quantized.lm_head) is (Linear4bit if bits == 4 else Linear8bitLt)
+    expected, _ = formula(quantized, rows[:4], (0.2, 0.8))
+    trainer = WITSFTTrainer(
+        str(tmp_path / "base"),
+        WITSFTConfig(**config_kwargs | {"max_length": None}, train_sampling_strategy="sequential"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        quantization_config=quantization,
+        peft_config=METHODS["lora"],
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(expected.item(), rel=tolerance)
+    assert first["grad_norm"] > 0
+
+
+def test_adapter_on_the_head_is_refused(train, make_model):
+    with pytest.raises(ValueError, match="Remove `'lm_head'` from your `target_modules`"):
+        train(make_model(), peft_config=LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
 
 
 def test_evaluation_leaves_qlora_its_gradient(make_model, rows, tokenizer, config_kwargs, tmp_path):

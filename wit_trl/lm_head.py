@@ -1,13 +1,17 @@
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .loss import weighted_linear_cross_entropy
 
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Where the one-pass head was tested and timed. Elsewhere TRL's kernel runs, with the weights applied to its result.
 _ONE_PASS_DEVICES = ("cpu",)
@@ -19,6 +23,22 @@ def align_with_targets(values: torch.Tensor, length: int, fill: float = 0) -> to
     predicts, falls away; the virtual tokens that prompt learning puts in front, which are no targets, get `fill`.
     """
     return F.pad(values, (length + 1 - values.size(1), 0), value=fill)[:, 1:]
+
+
+def dequantize_lm_head(model: "PreTrainedModel | PeftModel") -> None:
+    """
+    Gives a quantized model a plain LM head, frozen, in the dtype of the model. The fused head multiplies by the head's
+    weight itself, and that of a quantized head is packed: TRL's own loss of an 8-bit head is wrong without an error.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    head = model.get_output_embeddings()
+    weight = dequantize_module_weight(head)
+    if weight is not head.weight:
+        plain = torch.nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight.detach().to(model.dtype), requires_grad=False)
+        plain.bias = head.bias
+        model.set_output_embeddings(plain)
 
 
 def weighted_forward(

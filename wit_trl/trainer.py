@@ -28,7 +28,7 @@ from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_t
 
 from .config import WITSFTConfig
 from .data_collator import REGION_COLUMNS, DataCollatorForWIT, token_regions
-from .lm_head import align_with_targets, weighted_forward
+from .lm_head import align_with_targets, dequantize_lm_head, weighted_forward
 
 
 logger = get_logger(__name__)
@@ -163,6 +163,8 @@ class WITSFTTrainer(SFTTrainer):
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+        if getattr(self.model, "is_quantized", False):
+            dequantize_lm_head(self.model)
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         # On this rank: sums of `_loss_terms`, then of auxiliary losses and of micro-batches, since the last log, and of
