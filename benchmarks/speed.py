@@ -2,15 +2,17 @@
 Time and memory of the LM head with its loss, and of the whole training step, side by side in one run:
 
     python benchmarks/speed.py [--output runs/speed] [--repeats 5]
+    python benchmarks/speed.py --scaling  # of the head, from 1k to 32k tokens
 
 Each contender runs in a process of its own, all on the same data. Prints a table of medians, and writes `speed.json`
-and `speed.png`. Memory is the peak resident set over what is resident before the first call or step.
+and `speed.png` (`scaling.json` and `scaling.png`). Memory is the peak resident set over what is resident before the
+call or step; it needs Linux. `liger` and `cce` need `liger-kernel` and `cut-cross-entropy`. A contender that cannot run
+says why.
 """
 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,21 +21,23 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import psutil
 import torch
 import torch.nn.functional as F
 
 
 HIDDEN = 1024
-# name: (dtype, vocabulary, share of tokens of weight zero, frozen head)
+# name: (dtype, vocabulary, share of tokens of weight zero, frozen head, tokens)
 HEAD_CASES = {
-    "bf16, 128k, half weighted": ("bfloat16", 128256, 0.5, False),
-    "bf16, 128k, all weighted": ("bfloat16", 128256, 0.0, False),
-    "bf16, 128k, half weighted, frozen head": ("bfloat16", 128256, 0.5, True),
-    "fp32, 128k, half weighted": ("float32", 128256, 0.5, False),
-    "bf16, 2k, half weighted": ("bfloat16", 2048, 0.5, False),
+    "bf16, 128k, half weighted": ("bfloat16", 128256, 0.5, False, 2048),
+    "bf16, 128k, all weighted": ("bfloat16", 128256, 0.0, False, 2048),
+    "bf16, 128k, half weighted, frozen head": ("bfloat16", 128256, 0.5, True, 2048),
+    "fp32, 128k, half weighted": ("float32", 128256, 0.5, False, 2048),
+    "bf16, 2k, half weighted": ("bfloat16", 2048, 0.5, False, 2048),
 }
-HEAD_CONTENDERS = ("products", "wit_trl", "trl", "original")
+SCALING_CASES = {
+    f"bf16, 32k, {n >> 10}k tokens": ("bfloat16", 32768, 0.5, False, n) for n in (2**i for i in range(10, 16))
+}
+HEAD_CONTENDERS = ("products", "wit_trl", "trl", "original", "cce", "liger")
 # name: (vocabulary, prompt weight)
 STEP_CASES = {
     "step, 128k, λp = 0.3": (128256, 0.3),
@@ -41,62 +45,82 @@ STEP_CASES = {
     "step, 2k, λp = 0.3": (2048, 0.3),
     "step, 2k, λp = 0": (2048, 0.0),
 }
-STEP_CONTENDERS = ("wit_trl", "trl")
-CASES = {**dict.fromkeys(HEAD_CASES, HEAD_CONTENDERS), **dict.fromkeys(STEP_CASES, STEP_CONTENDERS)}
+STEP_CONTENDERS = ("wit_trl", "trl", "trl_loss_func", "original", "cce", "liger")
 
 
-def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen: bool):
-    """A function that runs head and loss, forward and backward, once on 2048 tokens."""
+def loss_function(contender: str):
+    """A function of hidden states, head, targets, token weights and divisor that returns the loss."""
+    if contender == "wit_trl":
+        from wit_trl import weighted_linear_cross_entropy
+
+        return lambda *args: weighted_linear_cross_entropy(*args).loss
+
+    if contender == "trl":
+        from trl.kernels import ChunkedLogProbFunction
+
+        def log_probs(hidden, weight, targets):
+            outputs = ("log_probs", "entropy", "is_top1")
+            return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, outputs)[0]
+
+    elif contender == "original":  # full float32 logits, and a copy of them, as in the paper's scripts
+
+        def log_probs(hidden, weight, targets):
+            return torch.log_softmax(F.linear(hidden, weight).float(), dim=1).gather(1, targets[:, None]).squeeze(1)
+
+    elif contender == "cce":
+        from cut_cross_entropy import linear_cross_entropy
+
+        implementation = "cce" if torch.cuda.is_available() else "torch_compile"
+
+        def log_probs(hidden, weight, targets):
+            return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=implementation).float()
+
+    else:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        kernel = LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+        def log_probs(hidden, weight, targets):
+            return -kernel(weight, hidden, targets)
+
+    def loss(hidden, weight, targets, token_weights, count):
+        return -(log_probs(hidden, weight, targets) * token_weights).sum() / count
+
+    return loss
+
+
+def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen: bool, tokens: int):
+    """A function that runs head and loss, forward and backward, once."""
     torch.manual_seed(0)
-    hidden = torch.randn(2048, HIDDEN).to(getattr(torch, dtype)).requires_grad_()
+    hidden = torch.randn(tokens, HIDDEN).to(getattr(torch, dtype)).requires_grad_()
     weight = (torch.randn(vocab, HIDDEN) / HIDDEN**0.5).to(getattr(torch, dtype)).requires_grad_(not frozen)
-    targets = torch.randint(vocab, (2048,))
-    token_weights = (torch.arange(2048) % 2 >= 2 * zero_share).float() * 0.8
-    count = int((token_weights != 0).sum())
+    targets = torch.randint(vocab, (tokens,))
+    token_weights = (torch.arange(tokens) % 2 >= 2 * zero_share).float() * 0.8
+    index = token_weights.nonzero().squeeze(1)
 
     if contender == "products":
-        index = token_weights.nonzero().squeeze(1)
-        logits = torch.empty(count, vocab, dtype=hidden.dtype)
 
         def products():
             with torch.no_grad():
                 kept = hidden[index]
-                torch.mm(kept, weight.t(), out=logits)
+                logits = torch.mm(kept, weight.t())
                 torch.mm(logits, weight)
                 if not frozen:
                     torch.mm(logits.t(), kept)
 
         return products
 
-    if contender == "wit_trl":
-        from wit_trl import weighted_linear_cross_entropy
-
-        def loss():
-            return weighted_linear_cross_entropy(hidden, weight, targets, token_weights, count).loss
-
-    elif contender == "trl":
-        from trl.kernels import ChunkedLogProbFunction
-
-        def loss():
-            outputs = ("log_probs", "entropy", "is_top1")
-            log_probs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, outputs)[0]
-            return -(log_probs * token_weights).sum() / count
-
-    else:  # the way of the paper's scripts: full float32 logits, and a copy of them for log_softmax
-
-        def loss():
-            log_probs = torch.log_softmax(F.linear(hidden, weight).float(), dim=1)
-            return -(log_probs.gather(1, targets[:, None]).squeeze(1) * token_weights).sum() / count
+    loss = loss_function(contender)
 
     def call():
-        loss().backward()
+        loss(hidden, weight, targets, token_weights, len(index)).backward()
         hidden.grad = weight.grad = None
 
     return call
 
 
 def step_seconds(contender: str, vocab: int, prompt_loss_weight: float, steps: int) -> tuple[list[float], int]:
-    """The seconds of training steps of an 8-layer Llama on 1024 tokens, and the peak memory they added in KiB."""
+    """The seconds of training steps of an 8-layer Llama on 1024 tokens, and the most memory one added in KiB."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -109,15 +133,29 @@ def step_seconds(contender: str, vocab: int, prompt_loss_weight: float, steps: i
             self.seconds, self.memory = [], []
 
         def on_step_begin(self, *args, **kwargs):
+            self.before = reset_peak_memory()
             self.start = time.perf_counter()
-            self.memory.append(resident_memory())
 
         def on_step_end(self, *args, **kwargs):
             self.seconds.append(time.perf_counter() - self.start)
-            self.memory.append(peak_memory())
+            self.memory.append(peak_memory() - self.before)
+
+    class LossOfHiddenStates(SFTTrainer):
+        """Computes the loss with `loss_function`, of the tokens that have a label."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0][:, :-1]
+            labels = inputs["labels"][:, 1:]
+            hidden, labels = hidden[labels != -100], labels[labels != -100]
+            weights = torch.full(labels.shape, 0.8)
+            return loss_function(contender)(hidden, model.lm_head.weight, labels, weights, num_items_in_batch)
+
+    def plain_loss(outputs, labels, num_items_in_batch):
+        logits = outputs.logits[:, :-1].float().transpose(1, 2)
+        return F.cross_entropy(logits, labels[:, 1:], reduction="sum") / num_items_in_batch
 
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)  # no float32 model on the way, whose peak would hide that of the step
+    torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=HIDDEN,
@@ -134,7 +172,7 @@ def step_seconds(contender: str, vocab: int, prompt_loss_weight: float, steps: i
         for _ in range(2 * (steps + 1))
     ]
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    kwargs = {
+    args = {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": steps + 1,  # the first warms up
         "per_device_train_batch_size": 2,
@@ -145,59 +183,84 @@ def step_seconds(contender: str, vocab: int, prompt_loss_weight: float, steps: i
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if contender == "trl":
-        trainer_class, args = SFTTrainer, SFTConfig(completion_only_loss=prompt_loss_weight == 0, **kwargs)
-    else:
-        trainer_class, args = WITSFTTrainer, WITSFTConfig(prompt_loss_weight=prompt_loss_weight, **kwargs)
     clock = Clock()
-    trainer = trainer_class(
-        model,
-        args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
-        callbacks=[clock],
-    )
+    kwargs = {
+        "train_dataset": Dataset.from_list(rows),
+        "processing_class": PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
+        "callbacks": [clock],
+    }
+    if contender == "wit_trl":
+        trainer = WITSFTTrainer(model, WITSFTConfig(prompt_loss_weight=prompt_loss_weight, **args), **kwargs)
+    else:
+        config = SFTConfig(completion_only_loss=prompt_loss_weight == 0, **args)
+        if contender == "trl":
+            trainer = SFTTrainer(model, config, **kwargs)
+        elif contender == "trl_loss_func":
+            trainer = SFTTrainer(model, config, compute_loss_func=plain_loss, **kwargs)
+        else:
+            trainer = LossOfHiddenStates(model, config, **kwargs)
     trainer.train()
-    return clock.seconds[1:], clock.memory[-1] - clock.memory[0]
+    return clock.seconds[1:], max(clock.memory[1:])
 
 
-def resident_memory() -> int:
-    """Resident set of this process now, in KiB."""
-    return psutil.Process().memory_info().rss // 1024
+def status(name: str) -> int:
+    """A figure of this process in KiB: `VmRSS`, resident now, or `VmHWM`, the peak since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def reset_peak_memory() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
 def peak_memory() -> int:
-    """Peak resident set of this process so far, in KiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // 1024 if sys.platform == "darwin" else peak
+    return status("VmHWM")
 
 
 def measure(case: str, contender: str, repeats: int) -> dict[str, float]:
     if case in STEP_CASES:
         seconds, memory = step_seconds(contender, *STEP_CASES[case], repeats)
     else:
-        call = head_call(contender, *HEAD_CASES[case])
-        before = resident_memory()
-        call()
+        call = head_call(contender, *{**HEAD_CASES, **SCALING_CASES}[case])
+        before = reset_peak_memory()
+        call()  # the first call is the one that allocates
+        memory = peak_memory() - before
         seconds = []
         for _ in range(repeats):
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
-        memory = peak_memory() - before
     return {"seconds": statistics.median(seconds), "MiB": memory / 1024, "all_seconds": seconds}
 
 
 def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    contenders = ["products", "wit_trl", "trl", "original"]
-    _, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(results) + 1.5), sharey=True)
+    contenders = [c for c in dict.fromkeys(HEAD_CONTENDERS + STEP_CONTENDERS) if any(c in r for r in results.values())]
+    _, axes = plt.subplots(1, 2, figsize=(11, 0.6 * len(results) + 1.5), sharey=True)
+    height = 0.9 / len(contenders)
     for axis, unit in zip(axes, ("seconds", "MiB"), strict=True):
         for i, contender in enumerate(contenders):
-            rows = [(y + 0.2 * (i - 1.5), r[contender][unit]) for y, r in enumerate(results.values()) if contender in r]
-            axis.barh(*zip(*rows, strict=True), height=0.18, label=contender)
+            rows = [
+                (y + height * i - 0.4, r[contender][unit]) for y, r in enumerate(results.values()) if contender in r
+            ]
+            axis.barh(*zip(*rows, strict=True), height=height, label=contender)
         axis.set(xlabel=unit, xscale="log", yticks=range(len(results)), yticklabels=list(results))
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def plot_scaling(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    _, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for axis, unit in zip(axes, ("seconds", "MiB"), strict=True):
+        for contender in HEAD_CONTENDERS:
+            rows = [(SCALING_CASES[c][-1], r[contender][unit]) for c, r in results.items() if contender in r]
+            if rows:  # it ran
+                axis.plot(*zip(*rows, strict=True), marker="o", label=contender)
+        axis.set(xlabel="tokens", ylabel=unit, xscale="log", yscale="log")
+        axis.set_xticks([int(case[-1]) for case in SCALING_CASES.values()], [f"{2**i}k" for i in range(6)])
+        axis.grid(alpha=0.3)
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.savefig(path, dpi=110, bbox_inches="tight")
 
@@ -207,6 +270,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/speed"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="run the cases whose name holds this")
+    parser.add_argument("--scaling", action="store_true", help="run the head with more and more tokens")
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -214,28 +278,33 @@ def main() -> None:
         return
 
     results = {}
-    print(f"{'case':40}{'contender':12}{'seconds':>9}{'MiB':>9}{'time ÷ wit_trl':>16}{'memory ÷ wit_trl':>18}")
-    for case, contenders in CASES.items():
+    print(f"{'case':40}{'contender':14}{'seconds':>9}{'MiB':>9}{'time ÷ wit_trl':>16}{'memory ÷ wit_trl':>18}")
+    for case in SCALING_CASES if args.scaling else [*HEAD_CASES, *STEP_CASES]:
         if args.only not in case:
             continue
         results[case] = {}
-        for contender in contenders:
+        for contender in STEP_CONTENDERS if case in STEP_CASES else HEAD_CONTENDERS:
             command = [sys.executable, __file__, "--repeats", str(args.repeats), "--worker", case, contender]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[case][contender] = json.loads(output.splitlines()[-1])
+            process = subprocess.run(command, capture_output=True, text=True)
+            if process.returncode:
+                reason = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+                print(f"{case:40}{contender:14}did not run: {reason[0][:80]}", flush=True)
+            else:
+                results[case][contender] = json.loads(process.stdout.splitlines()[-1])
         own = results[case]["wit_trl"]
         for contender, result in results[case].items():
             time_ratio, memory_ratio = result["seconds"] / own["seconds"], result["MiB"] / max(own["MiB"], 1)
             print(
-                f"{case:40}{contender:12}{result['seconds']:9.3f}{result['MiB']:9.0f}"
+                f"{case:40}{contender:14}{result['seconds']:9.3f}{result['MiB']:9.0f}"
                 f"{time_ratio:16.2f}{memory_ratio:18.2f}",
                 flush=True,
             )
     args.output.mkdir(parents=True, exist_ok=True)
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    (args.output / "speed.json").write_text(json.dumps({**machine, "results": results}, indent=1))
-    plot(results, args.output / "speed.png")
-    print(f"speed.json and speed.png written to {args.output}")
+    name, draw = ("scaling", plot_scaling) if args.scaling else ("speed", plot)
+    (args.output / f"{name}.json").write_text(json.dumps({**machine, "results": results}, indent=1))
+    draw(results, args.output / f"{name}.png")
+    print(f"{name}.json and {name}.png written to {args.output}")
 
 
 if __name__ == "__main__":
