@@ -99,11 +99,12 @@ def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen:
     index = token_weights.nonzero().squeeze(1)
 
     if contender == "products":
+        logits = torch.empty(len(index), vocab, dtype=hidden.dtype)
 
         def products():
             with torch.no_grad():
                 kept = hidden[index]
-                logits = torch.mm(kept, weight.t())
+                torch.mm(kept, weight.t(), out=logits)
                 torch.mm(logits, weight)
                 if not frozen:
                     torch.mm(logits.t(), kept)

@@ -16,8 +16,10 @@ accelerate launch --config_file accelerate_configs/single_device.yaml examples/s
 # QLoRA: add --use_peft --load_in_4bit --learning_rate 2e-4
 
 `--dataset_name` is a Hub name, a local folder or a local file (`.jsonl`, `.json`, `.csv`, `.parquet`).
+`--resume_from_checkpoint True` goes on from the last complete checkpoint of `--output_dir`.
 """
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -154,7 +156,8 @@ def main(
         peft_config=get_peft_config(model_args),
     )
 
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     trainer.save_model()
 
     say = trainer.accelerator.print
@@ -178,13 +181,25 @@ def main(
     trainer.end()
 
 
-if __name__ == "__main__":
+def parse() -> tuple[ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig]:
     parser = TrlParser((ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig))
-    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
+    try:
+        arguments = script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     has_data = bool(script_args.dataset_name or dataset_args.datasets)
     if has_data != (model_args.model_name_or_path is not None):
-        parser.error("Pass both --model_name_or_path and --dataset_name, or neither for the embedded default.")
-    if not has_data:
-        parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)
-        script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
-    main(script_args, training_args, model_args, dataset_args)
+        sys.exit("error: Pass both --model_name_or_path and --dataset_name, or neither for the embedded default.")
+    if training_args.world_size > 1 and training_args.device.type == "cpu" and not training_args.use_cpu:
+        sys.exit(
+            f"error: {training_args.world_size} processes were launched, but there is no GPU. Launch one with "
+            "accelerate_configs/single_device.yaml, or pass --use_cpu to train on several CPU processes."
+        )
+    if has_data:
+        return arguments
+    parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)
+    return parser.parse_args_and_config()
+
+
+if __name__ == "__main__":
+    main(*parse())

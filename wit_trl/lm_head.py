@@ -1,8 +1,12 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
@@ -61,13 +65,36 @@ def weighted_forward(
     """
     if token_weights.device.type in _ONE_PASS_DEVICES:
         kernel = _OnePassKernel(token_weights, inputs["labels"] != -100)
-        with patch.object(utils, "_ChunkedLogProbFunction", kernel):
+        with patch.object(utils, "_ChunkedLogProbFunction", kernel), _gathered_lm_head(model):
             outputs = model(**inputs, fused_lm_head=True)
         return outputs, kernel.nll.view_as(outputs.log_probs)
-    outputs = model(**inputs, fused_lm_head=True)
+    with _gathered_lm_head(model):
+        outputs = model(**inputs, fused_lm_head=True)
     nll = -outputs.log_probs.detach()
     outputs.log_probs = outputs.log_probs * align_with_targets(token_weights, nll.size(1)).to(nll.device)
     return outputs, nll
+
+
+@contextmanager
+def _gathered_lm_head(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Has FSDP2 gather an LM head that has a group of its own when TRL's forward asks for it. Nothing else does, because
+    TRL never calls it, and the gradient of a weight that TRL gathers by itself is not reduced over the ranks.
+    """
+    if not isinstance(model, FSDPModule) or not isinstance(model.get_output_embeddings(), FSDPModule):
+        yield
+        return
+    causal_lm = model.get_base_model() if is_peft_model(model) else model
+    head = causal_lm.get_output_embeddings()
+
+    def gather_and_get():
+        head.unshard()
+        return head
+
+    with patch.object(causal_lm, "get_output_embeddings", gather_and_get):
+        yield
+    if not torch.is_grad_enabled():  # no backward pass will free it
+        head.reshard()
 
 
 class _OnePassKernel:

@@ -4,14 +4,17 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, sort_checkpoints
 from trl import SFTTrainer
 from trl.chat_template_utils import (
     get_training_chat_template,
@@ -295,12 +298,28 @@ class WITSFTTrainer(SFTTrainer):
             )
         return kept
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            (resume_from_checkpoint,) = broadcast_object_list([_last_complete_checkpoint(self.args.output_dir)])
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no complete checkpoint in `{self.args.output_dir}` to resume from. Check the folder, or "
+                    "train from the start without `resume_from_checkpoint`."
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in REGION_COLUMNS if name not in self._signature_columns]
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
         """Allows what TRL rejects: data that skips preparation with masks but no labels. Our collator reads masks."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        if "token_weights" in inputs:  # which DeepSpeed casts to 16 bits with all floats, and so rounds
+            prepared["token_weights"] = inputs["token_weights"].to(self.args.device)
+        return prepared
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -396,6 +415,17 @@ class WITSFTTrainer(SFTTrainer):
         for name, value in {"num_tokens": num_tokens, **_token_metrics(terms)}.items():
             self._metrics["eval"][name] = [value]  # which TRL logs with its prefix
         return output
+
+
+def _last_complete_checkpoint(output_dir: str) -> str | None:
+    """Returns the last checkpoint whose saving was not cut off, by a kill or a full disk: its state is written last."""
+    for folder in reversed(sort_checkpoints(output_dir)):
+        try:
+            TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+            return folder
+        except (OSError, ValueError):
+            logger.warning(f"{folder} is incomplete, because its saving was cut off. Looking for an earlier one.")
+    return None
 
 
 def _loss_terms(

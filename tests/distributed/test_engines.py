@@ -1,0 +1,174 @@
+"""The same loss, gradient and parameters on every engine as on one process: real processes over gloo."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .worker import SCENARIOS, run
+
+
+REPOSITORY = Path(__file__).parent.parent.parent
+WORKER = Path(__file__).parent / "worker.py"
+# name: (file in accelerate_configs, what is changed on the command line)
+ENGINES = {
+    "ddp": ("multi_gpu.yaml", ()),
+    # A CPU has nothing to load to, so its parameters are not broadcast
+    "fsdp1": ("fsdp1.yaml", ("--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_sync_module_states", "false")),
+    "fsdp2": ("fsdp.yaml", ()),
+    # Every linear layer in a group of its own, also the head
+    "fsdp2_head_group": ("fsdp.yaml", ("--fsdp_transformer_layer_cls_to_wrap", "Linear")),
+    "zero2": ("deepspeed_zero2.yaml", ()),
+    "zero3": ("deepspeed_zero3.yaml", ()),
+}
+
+
+# FSDP1 crashes where it saves from a CPU
+SAVING_ENGINES = [engine for engine in ENGINES if engine != "fsdp1"]
+# torch refuses a tied head in another group than the embeddings
+CASES = [
+    (engine, scenario)
+    for engine in ENGINES
+    for scenario, (_, model, *_) in SCENARIOS.items()
+    if (engine, model) != ("fsdp2_head_group", "tied")
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(command, **environment):
+    """Runs a command and returns its exit status and output. Leaves no child behind, whatever happens."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=280)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def launch(engine, *arguments):
+    """Runs the worker on two processes, with the configuration that users launch with."""
+    config, changes = ENGINES[engine]
+    return start(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", REPOSITORY / "accelerate_configs" / config),
+            *("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", free_port()),
+            *changes,
+            *(WORKER, *arguments),
+        ],
+        DS_ACCELERATOR="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """A folder with the results of every scenario on one process: batch 8."""
+    folder = tmp_path_factory.mktemp("one_process")
+    for scenario in SCENARIOS:
+        run(folder, scenario, 8, 1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """A function that returns the same for two processes with batch 2 and two accumulation steps."""
+
+    @functools.cache
+    def train(engine):
+        folder = tmp_path_factory.mktemp(engine)
+        scenarios = [scenario for case_engine, scenario in CASES if case_engine == engine]
+        return folder, *launch(engine, folder, *scenarios, *(["resume:weighted"] if engine in SAVING_ENGINES else []))
+
+    def trained(engine):
+        folder, status, output = train(engine)
+        assert status == 0, output
+        return folder
+
+    return trained
+
+
+def results(folder, scenario):
+    return json.loads((folder / scenario / "results.json").read_text())
+
+
+def parameters(folder, scenario):
+    (file,) = (folder / scenario).glob("*model.safetensors")
+    parameters = load_file(file)
+    if scenario == "tied":  # the tied weight is saved under one of two names
+        parameters.setdefault("lm_head.weight", parameters.pop("model.embed_tokens.weight", None))
+    return parameters
+
+
+def assert_same_parameters(actual, expected, tolerance):
+    assert set(actual) == set(expected)
+    for name, parameter in expected.items():
+        difference = torch.linalg.norm(actual[name].double() - parameter.double())
+        assert difference <= tolerance * torch.linalg.norm(parameter.double()), name
+
+
+@pytest.mark.parametrize(("engine", "scenario"), CASES)
+def test_training_equals_one_process(engine, scenario, two_processes, one_process):
+    actual, expected = results(two_processes(engine), scenario), results(one_process, scenario)
+    assert len(expected["logs"]) == 5
+    for log, expected_log in zip(actual["logs"], expected["logs"], strict=True):
+        assert set(log) == set(expected_log)
+        for key, value in expected_log.items():
+            assert log[key] == pytest.approx(value, rel=1e-5), key
+    assert_same_parameters(parameters(two_processes(engine), scenario), parameters(one_process, scenario), 1e-5)
+
+
+@pytest.mark.parametrize(("engine", "scenario"), CASES)
+def test_evaluation_equals_one_process(engine, scenario, two_processes, one_process):
+    actual, expected = results(two_processes(engine), scenario)["metrics"], results(one_process, scenario)["metrics"]
+    for key in ("eval_loss", "eval_prompt_loss", "eval_completion_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert actual[key] == pytest.approx(expected[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("engine", SAVING_ENGINES)
+def test_resumed_training_ends_in_the_same_parameters(engine, two_processes):
+    folder = two_processes(engine)
+    assert_same_parameters(parameters(folder, "weighted-resumed"), parameters(folder, "weighted"), 1e-7)
+
+
+@pytest.mark.parametrize("kill", ["kill", "kill_while_saving"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_training_resumes_to_the_same_parameters(processes, kill, two_processes, tmp_path):
+    def train(name):
+        return launch("ddp", tmp_path, name) if processes == 2 else start([sys.executable, WORKER, tmp_path, name])
+
+    status, output = train(f"{kill}:weighted")
+    assert status != 0
+    left = {path.name: (path / "trainer_state.json").exists() for path in (tmp_path / "weighted").glob("checkpoint-*")}
+    assert left == {"checkpoint-2": True} | ({"checkpoint-4": False} if kill == "kill_while_saving" else {}), output
+    status, output = train("resume:weighted")
+    assert status == 0, output
+    if processes == 2:
+        whole = two_processes("ddp")
+    else:
+        whole = tmp_path / "whole"
+        run(whole, "weighted", 2, 2)
+    assert_same_parameters(parameters(tmp_path, "weighted-resumed"), parameters(whole, "weighted"), 1e-7)

@@ -1,0 +1,178 @@
+"""
+Trains tiny models and saves what the tests compare. The same code runs on one process, in pytest, and on several:
+
+    accelerate launch --config_file ... tests/distributed/worker.py FOLDER [RUN:]SCENARIO...
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from wit_trl import WITSFTConfig, WITSFTTrainer
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+# name: (weights, model, arguments of the trainer's configuration, configuration of PEFT)
+SCENARIOS = {
+    "weighted": ((0.2, 0.8), "untied", {"save_strategy": "steps", "save_steps": 2}, None),
+    "completion_only": ((0.0, 1.0), "untied", {}, None),
+    "tied": ((0.2, 0.8), "tied", {}, None),
+    "padding_free": ((0.2, 0.8), "untied", {"padding_free": True}, None),
+    # The auxiliary loss is a mean over a micro-batch, so it depends on how the work is split, as in TRL
+    "experts": ((0.2, 0.8), "experts", {"router_aux_loss_coef": 0.0}, None),
+    "lora": ((0.2, 0.8), "untied", {}, LORA),
+    "lora_completion_only": ((0.0, 1.0), "tied", {}, LORA),
+}
+
+
+def make_model(kind):
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    if kind == "experts":
+        experts = MixtralConfig(num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1, **config)
+        return MixtralForCausalLM(experts)
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=kind == "tied", **config))
+
+
+def make_rows(count):
+    """Rows of uneven lengths and shares of completion. The second and third have no completion: with batches of two on
+    two ranks, each rank has a micro-batch with little or no completion in the first step."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(count):
+        length = 5 + 7 * i % 31
+        prompt = length if i in (1, 2, 3) else 1 + i % 4
+        ids = torch.randint(2, 60, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "completion_mask": [0] * prompt + [1] * (length - prompt)})
+    return rows
+
+
+def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arguments):
+    (prompt_loss_weight, completion_loss_weight), kind, scenario_arguments, peft_config = SCENARIOS[scenario]
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    config = {
+        "output_dir": str(folder / scenario),
+        "prompt_loss_weight": prompt_loss_weight,
+        "completion_loss_weight": completion_loss_weight,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 5,
+        "max_length": None,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+    }
+    return WITSFTTrainer(
+        make_model(kind),
+        WITSFTConfig(**{**config, **scenario_arguments, **arguments}),
+        train_dataset=Dataset.from_list(make_rows(40)),
+        eval_dataset=Dataset.from_list(make_rows(11)),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
+        peft_config=peft_config,
+        callbacks=list(callbacks),
+    )
+
+
+def run(folder, scenario, batch_size, accumulation):
+    """Trains five steps, evaluates, and saves the model and the logs."""
+    # FSDP1 crashes where it saves from a CPU
+    fsdp1 = os.environ.get("FSDP_VERSION") == "1"
+    trainer = make_trainer(folder, scenario, batch_size, accumulation, **{"save_strategy": "no"} if fsdp1 else {})
+    trainer.train()
+    metrics = trainer.evaluate()
+    if fsdp1:
+        with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
+            parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}
+        if trainer.is_world_process_zero() and is_peft_model(trainer.model):
+            adapter = {name.replace(".default", ""): p for name, p in parameters.items() if "lora_" in name}
+            save_file(adapter, folder / scenario / "adapter_model.safetensors")
+        elif trainer.is_world_process_zero():
+            trainer._save(str(folder / scenario), state_dict=parameters)
+    else:
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        (folder / scenario / "results.json").write_text(json.dumps({"logs": logs, "metrics": metrics}))
+
+
+class Killer(TrainerCallback):
+    """Ends the process as a power cut does, in the middle of the fourth training step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_killed(folder, scenario):
+    make_trainer(folder, scenario, 2, 2, callbacks=[Killer()]).train()
+
+
+def run_killed_while_saving(folder, scenario):
+    """Ends the process in the middle of the second checkpoint, after the model and the optimizer were written."""
+    trainer = make_trainer(folder, scenario, 2, 2)
+    save_rng_state = trainer._save_rng_state
+
+    def save_or_die(output_dir):
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_rng_state(output_dir)
+
+    trainer._save_rng_state = save_or_die
+    trainer.train()
+
+
+def run_resumed(folder, scenario):
+    trainer = make_trainer(folder, scenario, 2, 2)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(str(folder / f"{scenario}-resumed"))
+
+
+RUNS = {"kill": run_killed, "kill_while_saving": run_killed_while_saving, "resume": run_resumed}
+
+if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        from tests.distributed import fsdp_on_cpu  # noqa: F401
+    output, *names = sys.argv[1:]
+    for name in names:
+        kind, _, scenario = name.rpartition(":")
+        if kind:
+            RUNS[kind](Path(output), scenario)
+        else:
+            run(Path(output), scenario, 2, 2)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
