@@ -19,6 +19,7 @@ accelerate launch --config_file accelerate_configs/single_device.yaml examples/s
 `--resume_from_checkpoint True` goes on from the last complete checkpoint of `--output_dir`.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -186,15 +187,10 @@ def parse() -> tuple[ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureC
     try:
         arguments = script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     has_data = bool(script_args.dataset_name or dataset_args.datasets)
     if has_data != (model_args.model_name_or_path is not None):
         sys.exit("error: Pass both --model_name_or_path and --dataset_name, or neither for the embedded default.")
-    if training_args.world_size > 1 and training_args.device.type == "cpu" and not training_args.use_cpu:
-        sys.exit(
-            f"error: {training_args.world_size} processes were launched, but there is no GPU. Launch one with "
-            "accelerate_configs/single_device.yaml, or pass --use_cpu to train on several CPU processes."
-        )
     if has_data:
         return arguments
     parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)

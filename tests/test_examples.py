@@ -7,17 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from wit_trl import WITSFTConfig
 
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "accelerate_configs"
 
 
-def launch(*arguments, check=True):
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", CONFIGS / "single_device.yaml", "examples/sft_wit.py", *arguments]
+def launch(*arguments, check=True, launch_arguments=("--config_file", CONFIGS / "single_device.yaml")):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch_arguments, "examples/sft_wit.py", *arguments]
     environment = os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.run(
         list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280
@@ -110,3 +113,96 @@ def test_missing_split_is_named(model_folder, jsonl, tmp_path):
         check=False,
     )
     assert "The data set has no split 'test', only ['train']. Choose with --dataset_train_split" in error
+
+
+def test_resumes_from_the_last_checkpoint(model_folder, jsonl, tmp_path):
+    arguments = [
+        *("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--output_dir", tmp_path / "out"),
+        *("--save_steps", 1, "--logging_steps", 1, "--report_to", "none"),
+    ]
+    launch(*arguments, "--max_steps", 1)
+    launch(*arguments, "--max_steps", 2, "--resume_from_checkpoint", "True")
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("launch_arguments", "arguments", "message"),
+    [
+        (
+            ["--config_file", CONFIGS / "multi_gpu.yaml", "--num_processes", "2"],
+            [],
+            "error: 2 processes were launched, but there is no GPU for them",
+        ),
+        (
+            ["--config_file", CONFIGS / "single_device.yaml"],
+            ["--bf16", "True"],
+            "error: Your setup doesn't support bf16/gpu.",
+        ),
+    ],
+)
+def test_wrong_launch_ends_in_one_sentence(launch_arguments, arguments, message, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch(*arguments, check=False, launch_arguments=launch_arguments).count(message) == 1
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """A function that runs a launch script with the programs of a cluster replaced, and returns the arguments of the
+    launcher and of the example."""
+    (tmp_path / "bin").mkdir()
+    programs = {
+        "accelerate": f'printf "%s\\n" "$@" > {tmp_path}/arguments',
+        "srun": 'shift; SLURM_PROCID=1 exec "$@"',
+        "scontrol": "echo node1; echo node2",
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(name, *arguments, **variables):
+        environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **variables}
+        command = ["bash", str(REPOSITORY / "examples" / name), *arguments]
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=60)
+        given = (tmp_path / "arguments").read_text().splitlines()
+        assert given.pop(0) == "launch"
+        launched = launch_command_parser().parse_args(given)
+        parser = TrlParser((ScriptArguments, WITSFTConfig, ModelConfig))
+        return launched, parser.parse_args_and_config(launched.training_script_args)
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "config"), [("train_small.sh", "multi_gpu"), ("train_large.sh", "fsdp1")])
+@pytest.mark.parametrize("processes", [2, 8])
+def test_recipes_of_the_paper(name, config, processes, run_script):
+    launched, (script_args, args, model_args) = run_script(
+        name, "--use_cpu", "--bf16", "False", DATA="data.jsonl", NUM_PROCESSES=str(processes), PROMPT_LOSS_WEIGHT="0.4"
+    )
+    assert launched.config_file == f"accelerate_configs/{config}.yaml"
+    assert launched.training_script == "examples/sft_wit.py"
+    assert launched.num_processes == processes
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * processes == 64
+    assert (args.prompt_loss_weight, args.completion_loss_weight) == (0.4, 0.8)
+    assert (args.max_grad_norm, args.weight_decay, args.learning_rate, args.seed) == (0.0, 0.1, 2e-5, 23)
+    assert args.get_warmup_steps(1000) == 10
+    assert script_args.dataset_name == "data.jsonl"
+    assert model_args.model_name_or_path.startswith("meta-llama/")
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_slurm_script_starts_and_resumes_on_every_node(resumes, run_script, tmp_path):
+    if resumes:
+        (tmp_path / "out" / "checkpoint-10").mkdir(parents=True)
+        (tmp_path / "out" / "checkpoint-10" / "trainer_state.json").touch()
+    launched, (_, args, _) = run_script(
+        *("slurm.sh", "--use_cpu", "--bf16", "False"),
+        DATA="data.jsonl",
+        OUTPUT_DIR=str(tmp_path / "out"),
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_NNODES="2",
+    )
+    assert launched.config_file == "accelerate_configs/fsdp_multi_node.yaml"
+    assert (launched.num_machines, launched.num_processes, launched.machine_rank) == (2, 16, 1)
+    assert launched.main_process_ip == "node1"
+    assert args.resume_from_checkpoint == ("True" if resumes else None)

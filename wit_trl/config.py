@@ -1,6 +1,8 @@
 import math
 from dataclasses import dataclass, field
 
+from torch.distributed import get_world_size, is_initialized
+from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
@@ -27,7 +29,7 @@ class WITSFTConfig(SFTConfig):
     Raises:
         `ValueError`: a weight is negative or not finite; both are zero; `completion_only_loss` contradicts them (`True`
         needs a prompt weight of 0, `False` two equal weights); `loss_type` is not `"nll"`; `label_smoothing_factor` is
-        not 0.
+        not 0; several processes were launched without a device for each.
     """
 
     prompt_loss_weight: float = field(
@@ -43,6 +45,12 @@ class WITSFTConfig(SFTConfig):
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             self.bf16 = False
         super().__post_init__()
+        if is_initialized() and get_world_size() > 1 and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                f"{get_world_size()} processes were launched, but there is no GPU for them, and each would train alone. "
+                "Launch one process (accelerate_configs/single_device.yaml), or set `use_cpu` to train on several CPU "
+                "processes together."
+            )
         for name in ("prompt_loss_weight", "completion_loss_weight"):
             weight = getattr(self, name)
             if not math.isfinite(weight) or weight < 0:

@@ -81,11 +81,13 @@ def _gathered_lm_head(model: torch.nn.Module) -> Iterator[None]:
     Has FSDP2 gather an LM head that has a group of its own when TRL's forward asks for it. Nothing else does, because
     TRL never calls it, and the gradient of a weight that TRL gathers by itself is not reduced over the ranks.
     """
-    if not isinstance(model, FSDPModule) or not isinstance(model.get_output_embeddings(), FSDPModule):
+    causal_lm: Any = model
+    if isinstance(model, FSDPModule) and is_peft_model(model):
+        causal_lm = causal_lm.get_base_model()
+    head = causal_lm.get_output_embeddings() if isinstance(model, FSDPModule) else None
+    if not isinstance(head, FSDPModule):
         yield
         return
-    causal_lm = model.get_base_model() if is_peft_model(model) else model
-    head = causal_lm.get_output_embeddings()
 
     def gather_and_get():
         head.unshard()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ ENGINES = {
     "fsdp2": ("fsdp.yaml", ()),
     # Every linear layer in a group of its own, also the head
     "fsdp2_head_group": ("fsdp.yaml", ("--fsdp_transformer_layer_cls_to_wrap", "Linear")),
+    # A launcher for each of two machines, both of them this one
+    "fsdp_multi_node": ("fsdp_multi_node.yaml", ()),
     "zero2": ("deepspeed_zero2.yaml", ()),
     "zero3": ("deepspeed_zero3.yaml", ()),
 }
@@ -39,7 +42,7 @@ CASES = [
     (engine, scenario)
     for engine in ENGINES
     for scenario, (_, model, *_) in SCENARIOS.items()
-    if (engine, model) != ("fsdp2_head_group", "tied")
+    if (engine, model) != ("fsdp2_head_group", "tied") and (engine != "fsdp_multi_node" or scenario == "weighted")
 ]
 
 
@@ -49,39 +52,43 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(command, **environment):
-    """Runs a command and returns its exit status and output. Leaves no child behind, whatever happens."""
+def start(*commands, **environment):
+    """Runs commands side by side, and returns the first exit status that is not 0, and all output. Leaves no child
+    behind, whatever happens."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=280)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(
+                [str(word) for word in command],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for command in commands
+        ]
+        try:
+            statuses = [process.wait(timeout=280) for process in processes]
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        return next(filter(None, statuses), 0), output.read()
 
 
 def launch(engine, *arguments):
     """Runs the worker on two processes, with the configuration that users launch with."""
     config, changes = ENGINES[engine]
-    return start(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", REPOSITORY / "accelerate_configs" / config),
-            *("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", free_port()),
-            *changes,
-            *(WORKER, *arguments),
-        ],
-        DS_ACCELERATOR="cpu",
-    )
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", REPOSITORY / "accelerate_configs" / config),
+        *("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", free_port()),
+        *changes,
+    ]
+    machines = [["--machine_rank", 0], ["--machine_rank", 1]] if engine == "fsdp_multi_node" else [[]]
+    return start(*([*command, *machine, WORKER, *arguments] for machine in machines), DS_ACCELERATOR="cpu")
 
 
 @pytest.fixture(scope="session")
