@@ -112,9 +112,12 @@ def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen:
         return products
 
     loss = loss_function(contender)
+    # The kernels of others take no weights: who uses them selects the weighted tokens
+    selects = contender in ("cce", "liger")
 
     def call():
-        loss(hidden, weight, targets, token_weights, len(index)).backward()
+        rows = index if selects else slice(None)
+        loss(hidden[rows], weight, targets[rows], token_weights[rows], len(index)).backward()
         hidden.grad = weight.grad = None
 
     return call

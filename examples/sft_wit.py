@@ -158,7 +158,7 @@ def main(
     )
 
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
     trainer.save_model()
 
     say = trainer.accelerator.print
@@ -170,7 +170,7 @@ def main(
         plot_losses(log_history, output_dir / "losses.png")
     say(f"Model and loss curves (losses.png) saved to {output_dir}.")
 
-    if embedded:
+    if embedded and not trainer.is_fsdp_enabled:  # the model is whole
         prompt = dataset["validation"][0]["prompt"]
         tokenizer = AutoTokenizer.from_pretrained(output_dir)
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(trainer.model.device)
@@ -185,7 +185,7 @@ def main(
 def parse() -> tuple[ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig]:
     parser = TrlParser((ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig))
     try:
-        arguments = script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
+        arguments = script_args, _, model_args, dataset_args = parser.parse_args_and_config()
     except ValueError as error:
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     has_data = bool(script_args.dataset_name or dataset_args.datasets)

@@ -27,7 +27,7 @@ fi
 export MAIN_PROCESS_IP GPUS_PER_NODE
 
 # One launcher on each machine, which starts a process for each of its GPUs
-srun --kill-on-bad-exit=1 bash -c 'accelerate launch --config_file accelerate_configs/fsdp_multi_node.yaml \
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c 'accelerate launch --config_file accelerate_configs/fsdp_multi_node.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS_PER_NODE))" \
     --machine_rank "$SLURM_PROCID" --main_process_ip "$MAIN_PROCESS_IP" "$@"' launcher \
     examples/sft_wit.py \

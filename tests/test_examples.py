@@ -153,7 +153,7 @@ def run_script(tmp_path):
     (tmp_path / "bin").mkdir()
     programs = {
         "accelerate": f'printf "%s\\n" "$@" > {tmp_path}/arguments',
-        "srun": 'shift; SLURM_PROCID=1 exec "$@"',
+        "srun": 'shift 2; SLURM_PROCID=1 exec "$@"',
         "scontrol": "echo node1; echo node2",
     }
     for name, text in programs.items():
@@ -201,6 +201,7 @@ def test_slurm_script_starts_and_resumes_on_every_node(resumes, run_script, tmp_
         OUTPUT_DIR=str(tmp_path / "out"),
         SLURM_JOB_NODELIST="node[1-2]",
         SLURM_NNODES="2",
+        SLURM_CPUS_PER_TASK="64",
     )
     assert launched.config_file == "accelerate_configs/fsdp_multi_node.yaml"
     assert (launched.num_machines, launched.num_processes, launched.machine_rank) == (2, 16, 1)

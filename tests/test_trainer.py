@@ -251,7 +251,39 @@ def test_metrics_are_reduced_once_per_logging_step(rows, make_model, tokenizer, 
         monkeypatch.setattr(Accelerator, name, counted)
     config_kwargs |= {"max_steps": 4, "logging_steps": 2, "gradient_accumulation_steps": 2}
     make_trainer(make_model, tokenizer, rows, config_kwargs).train()
-    assert calls == ["reduce", "reduce"]
+    assert calls == ["reduce"] * 3  # with the summary at the end
+
+
+def test_last_log_covers_the_steps_since_the_one_before(rows, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": 4}
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    trainer.train()
+    (last,) = trainer.state.log_history
+    assert last["num_tokens"] == sum(len(row["input_ids"]) for row in rows[:8])
+    _, (prompt_loss, completion_loss) = formula(make_model().double(), rows[:8], WEIGHTS)
+    assert last["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+    assert last["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+
+
+def test_ranks_that_repeat_a_batch_do_not_count_twice(rows, make_model, tokenizer, config_kwargs, monkeypatch):
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    batch, divisor = trainer.data_collator(rows[:2]), torch.tensor(50)
+    loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=divisor)
+    monkeypatch.setattr(Accelerator, "num_processes", 8)
+    monkeypatch.setattr(WITSFTTrainer, "get_tp_size", lambda self: 2)
+    repeated = trainer.compute_loss(trainer.model, batch, num_items_in_batch=divisor)
+    assert repeated.item() == pytest.approx(4 * loss.item())
+
+
+def test_inputs_in_16_bits_do_not_round_the_weights(rows, make_model, tokenizer, config_kwargs, monkeypatch):
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    batch = trainer.data_collator(rows[:2])
+
+    def cast_as_deepspeed_does(self, inputs):
+        return {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+
+    monkeypatch.setattr(SFTTrainer, "_prepare_inputs", cast_as_deepspeed_does)
+    assert torch.equal(trainer._prepare_inputs(dict(batch))["token_weights"], batch["token_weights"])
 
 
 class SynchronisationCounter(TorchDispatchMode):

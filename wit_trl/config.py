@@ -47,9 +47,9 @@ class WITSFTConfig(SFTConfig):
         super().__post_init__()
         if is_initialized() and get_world_size() > 1 and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise ValueError(
-                f"{get_world_size()} processes were launched, but there is no GPU for them, and each would train alone. "
-                "Launch one process (accelerate_configs/single_device.yaml), or set `use_cpu` to train on several CPU "
-                "processes together."
+                f"{get_world_size()} processes were launched, but there is no GPU for them, so each would train alone. "
+                "Launch one process (accelerate_configs/single_device.yaml), or set `use_cpu=True` to train on several "
+                "CPU processes together."
             )
         for name in ("prompt_loss_weight", "completion_loss_weight"):
             weight = getattr(self, name)

@@ -345,7 +345,7 @@ class WITSFTTrainer(SFTTrainer):
         divisor = (token_weights[:, 1:] != 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss = -outputs.log_probs.sum() / torch.as_tensor(divisor).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self._tp_size)
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled:
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
@@ -387,14 +387,14 @@ class WITSFTTrainer(SFTTrainer):
         return self.accelerator.gather_for_metrics(by_example).cpu().double().sum(0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:  # a training step, on every rank
+        if self.model.training and not {"loss", "train_loss"}.isdisjoint(logs):  # `Trainer` logs these on every rank
             *terms, aux_loss, micro_batches, num_tokens = self.accelerator.reduce(self._train_sums).tolist()
             self._train_sums[:-1].zero_()
-            metrics = _token_metrics(terms)
-            if self.aux_loss_enabled:
-                metrics["aux_loss"] = aux_loss / micro_batches
-            self._total_train_tokens = int(num_tokens) // self._tp_size
-            logs.update({"num_tokens": self._total_train_tokens, **metrics, **_region_losses(terms)})
+            if micro_batches:
+                self._total_train_tokens = int(num_tokens) // self._tp_size
+                logs.update({"num_tokens": self._total_train_tokens, **_token_metrics(terms), **_region_losses(terms)})
+                if self.aux_loss_enabled:
+                    logs["aux_loss"] = aux_loss / micro_batches
         super().log(logs, start_time)
 
     def evaluation_loop(

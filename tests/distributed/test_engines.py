@@ -108,7 +108,9 @@ def two_processes(tmp_path_factory):
     def train(engine):
         folder = tmp_path_factory.mktemp(engine)
         scenarios = [scenario for case_engine, scenario in CASES if case_engine == engine]
-        return folder, *launch(engine, folder, *scenarios, *(["resume:weighted"] if engine in SAVING_ENGINES else []))
+        return folder, *launch(
+            engine, folder, *scenarios, *(["resume_from_first:weighted"] if engine in SAVING_ENGINES else [])
+        )
 
     def trained(engine):
         folder, status, output = train(engine)
@@ -158,6 +160,8 @@ def test_evaluation_equals_one_process(engine, scenario, two_processes, one_proc
 @pytest.mark.parametrize("engine", SAVING_ENGINES)
 def test_resumed_training_ends_in_the_same_parameters(engine, two_processes):
     folder = two_processes(engine)
+    logs, expected_logs = (results(folder, name)["logs"] for name in ("weighted-resumed", "weighted"))
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected_logs], rel=1e-6)
     assert_same_parameters(parameters(folder, "weighted-resumed"), parameters(folder, "weighted"), 1e-7)
 
 

@@ -156,13 +156,25 @@ def run_killed_while_saving(folder, scenario):
     trainer.train()
 
 
-def run_resumed(folder, scenario):
+def run_resumed(folder, scenario, checkpoint=True):
     trainer = make_trainer(folder, scenario, 2, 2)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{scenario}-resumed"))
+    if trainer.is_world_process_zero():
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        (folder / f"{scenario}-resumed" / "results.json").write_text(json.dumps({"logs": logs}))
 
 
-RUNS = {"kill": run_killed, "kill_while_saving": run_killed_while_saving, "resume": run_resumed}
+def run_resumed_from_the_first_checkpoint(folder, scenario):
+    run_resumed(folder, scenario, str(folder / scenario / "checkpoint-2"))
+
+
+RUNS = {
+    "kill": run_killed,
+    "kill_while_saving": run_killed_while_saving,
+    "resume": run_resumed,
+    "resume_from_first": run_resumed_from_the_first_checkpoint,
+}
 
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
