@@ -3,6 +3,7 @@
 import os
 
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes run the tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub; inherited by the processes tests start
 
 import inspect
