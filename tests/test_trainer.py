@@ -254,11 +254,13 @@ def test_metrics_are_reduced_once_per_logging_step(rows, make_model, tokenizer, 
     assert calls == ["reduce"] * 3  # with the summary at the end
 
 
-def test_last_log_covers_the_steps_since_the_one_before(rows, make_model, tokenizer, config_kwargs):
+@pytest.mark.parametrize("eval_strategy", ["no", "steps"])
+def test_last_log_covers_the_steps_since_the_one_before(eval_strategy, rows, make_model, tokenizer, config_kwargs):
     config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": 4}
-    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    config_kwargs |= {"eval_strategy": eval_strategy, "eval_steps": 2}
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, eval_dataset=Dataset.from_list(rows))
     trainer.train()
-    (last,) = trainer.state.log_history
+    last = trainer.state.log_history[-1]
     assert last["num_tokens"] == sum(len(row["input_ids"]) for row in rows[:8])
     _, (prompt_loss, completion_loss) = formula(make_model().double(), rows[:8], WEIGHTS)
     assert last["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)

@@ -387,7 +387,7 @@ class WITSFTTrainer(SFTTrainer):
         return self.accelerator.gather_for_metrics(by_example).cpu().double().sum(0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and not {"loss", "train_loss"}.isdisjoint(logs):  # `Trainer` logs these on every rank
+        if not {"loss", "train_loss"}.isdisjoint(logs):  # a training step or the end of training, on every rank
             *terms, aux_loss, micro_batches, num_tokens = self.accelerator.reduce(self._train_sums).tolist()
             self._train_sums[:-1].zero_()
             if micro_batches:
