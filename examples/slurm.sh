@@ -19,7 +19,8 @@ COMPLETION_LOSS_WEIGHT=${COMPLETION_LOSS_WEIGHT:-0.8}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 OUTPUT_DIR=${OUTPUT_DIR:-runs/${MODEL##*/}-WIT}
 
-MAIN_PROCESS_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTNAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_PROCESS_IP=${HOSTNAMES%%$'\n'*} # the first
 RESUME=()
 if compgen -G "$OUTPUT_DIR/checkpoint-*/trainer_state.json" > /dev/null; then
     RESUME=(--resume_from_checkpoint True)
