@@ -70,10 +70,8 @@ def loss_function(contender: str):
     elif contender == "cce":
         from cut_cross_entropy import linear_cross_entropy
 
-        implementation = "cce" if torch.cuda.is_available() else "torch_compile"
-
         def log_probs(hidden, weight, targets):
-            return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=implementation).float()
+            return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="torch_compile").float()
 
     else:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss

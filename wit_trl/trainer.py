@@ -70,8 +70,9 @@ class WITSFTTrainer(SFTTrainer):
     Takes the arguments of [`~trl.SFTTrainer`], except that `compute_loss_func` is refused; any other `args` than a
     [`WITSFTConfig`] get its default weights.
 
-    Besides what TRL logs, it logs `prompt_loss` and `completion_loss`: the unweighted mean negative log-likelihood per
-    token of each region, in nats, over all micro-batches and ranks since the last log. In training a region of weight 0
+    `entropy` and `mean_token_accuracy` are means over tokens, where TRL averages those of micro-batches. Besides what
+    TRL logs, it logs `prompt_loss` and `completion_loss`: the unweighted mean negative log-likelihood per token of each
+    region, in nats, over all micro-batches and ranks since the last log. In training a region of weight 0
     is not computed and so not logged. In evaluation `eval_prompt_loss`, `eval_completion_loss` and `eval_loss` are
     exact means over the evaluation set, whatever the batch size; the first two compare runs with different weights,
     which losses do not. `eval_loss` is the weighted loss alone, without any auxiliary loss of a Mixture-of-Experts

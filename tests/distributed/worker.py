@@ -63,8 +63,8 @@ def make_model(kind):
 
 
 def make_rows(count):
-    """Rows of uneven lengths and shares of completion. The second and third have no completion: with batches of two on
-    two ranks, each rank has a micro-batch with little or no completion in the first step."""
+    """Rows of uneven lengths and shares of completion. The second to the fourth have none: with batches of two on two
+    ranks, the first micro-batch of the second rank has no token of the completion at all."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for i in range(count):
@@ -125,9 +125,13 @@ def run(folder, scenario, batch_size, accumulation):
             trainer._save(str(folder / scenario), state_dict=parameters)
     else:
         trainer.save_model()
+    write_results(trainer, folder / scenario, metrics=metrics)
+
+
+def write_results(trainer, folder, **results):
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
-        (folder / scenario / "results.json").write_text(json.dumps({"logs": logs, "metrics": metrics}))
+        (folder / "results.json").write_text(json.dumps({"logs": logs, **results}))
 
 
 class Killer(TrainerCallback):
@@ -160,9 +164,7 @@ def run_resumed(folder, scenario, checkpoint=True):
     trainer = make_trainer(folder, scenario, 2, 2)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{scenario}-resumed"))
-    if trainer.is_world_process_zero():
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        (folder / f"{scenario}-resumed" / "results.json").write_text(json.dumps({"logs": logs}))
+    write_results(trainer, folder / f"{scenario}-resumed")
 
 
 def run_resumed_from_the_first_checkpoint(folder, scenario):
