@@ -44,16 +44,20 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-@pytest.fixture(scope="session")
-def trained_tokenizer():
+def train_tokenizer(special_tokens, vocab_size=500, every_byte=True):
+    """Returns a tokenizer trained on the spot, which knows every byte, or only those that it has read."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        (doc for _, doc in DOCUMENTED),
-        trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL_TOKENS),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if every_byte else []
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator((doc for _, doc in DOCUMENTED), trainer)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer():
+    return train_tokenizer(SPECIAL_TOKENS, every_byte=False)
 
 
 @pytest.fixture
@@ -117,6 +121,12 @@ def prompt_completion():
             "completion": [doc[: 20 + 37 * i % 300] for i, (_, doc) in enumerate(DOCUMENTED)],
         }
     )
+
+
+@pytest.fixture
+def jsonl(prompt_completion, tmp_path):
+    prompt_completion.to_json(tmp_path / "data.jsonl")
+    return tmp_path / "data.jsonl"
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,21 @@ def formula(model, rows, weights):
     ]
 
 
+def formula_with_data_weights(model, rows, weights):
+    """The loss of an optimizer step over `rows` that bring weights of their own, `weight` and `token_weights`."""
+    total, count = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0]
+        for t in range(1, len(row["input_ids"])):
+            weight = weights[row["completion_mask"][t]] * row.get("weight", 1)
+            if "token_weights" in row:
+                weight *= row["token_weights"][t]
+            if weight != 0:
+                total = total - weight * torch.log_softmax(logits[t - 1], dim=0)[row["input_ids"][t]]
+                count += 1
+    return total / count
+
+
 def token_metrics(model, rows, weights):
     """Mean entropy in nats, and share of top-1 predictions, of the tokens whose weight is not zero."""
     entropies, hits = [], []

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands import launch
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 
+SECTIONS = ("fsdp_config", "deepspeed_config", "parallelism_config")
 CONFIGS = sorted((Path(__file__).parent.parent / "accelerate_configs").glob("*.yaml"))
-# Another value for every entry that is not a bool or a number
+# Another value for every entry that is not a bool
 OTHER = {
     "BACKWARD_PRE": "BACKWARD_POST",
     "FULL_SHARD": "SHARD_GRAD_OP",
@@ -21,13 +22,16 @@ OTHER = {
     "TRANSFORMER_BASED_WRAP": "NO_WRAP",
     "auto": 2,
     "none": "cpu",
+    "sdpa": "flash_attention_2",
+    2: 1,
+    4: 2,
 }
 
 
 def test_one_file_for_each_way_to_launch():
     assert {path.stem for path in CONFIGS} == {
         *("single_device", "multi_gpu", "fsdp", "fsdp1", "fsdp_multi_node", "fsdp_qlora"),
-        *("deepspeed_zero2", "deepspeed_zero3"),
+        *("deepspeed_zero2", "deepspeed_zero3", "deepspeed_ulysses"),
     }
 
 
@@ -39,7 +43,7 @@ def parse(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_every_entry(path):
     config = yaml.safe_load(path.read_text())
-    sections = [config.pop(name, {}) for name in ("fsdp_config", "deepspeed_config")]
+    sections = [config.pop(name, {}) for name in SECTIONS]
     known = vars(launch.launch_command_parser().parse_args(["script.py"]))
     arguments = parse(path)
     for name in ("compute_environment", "distributed_type"):
@@ -60,7 +64,7 @@ def plugin_state(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("accelerate.utils.dataclasses.is_cuda_available", lambda: True)  # as FSDP1 asks on GPUs
         patch.setattr("torch.cuda.current_device", lambda: 0)
-        for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_", "PARALLELISM_"))]:
             patch.delenv(name)
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -68,25 +72,23 @@ def plugin_state(path, monkeypatch):
             warnings.simplefilter("error")
             plugin = (DeepSpeedPlugin if arguments.use_deepspeed else FullyShardedDataParallelPlugin)()
         if arguments.use_deepspeed:
-            return plugin.deepspeed_config, plugin.zero3_init_flag
+            return plugin.deepspeed_config, plugin.zero3_init_flag, repr(vars(ParallelismConfig()))
         return {key: repr(value) for key, value in vars(plugin).items() if key != "param_init_fn"}
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if "fsdp" in p.stem or "zero" in p.stem], ids=lambda path: path.stem
+    "path", [p for p in CONFIGS if "fsdp" in p.stem or "deepspeed" in p.stem], ids=lambda path: path.stem
 )
 def test_no_entry_is_ignored(path, tmp_path, monkeypatch):
     text = path.read_text()
     state = plugin_state(path, monkeypatch)
     config = yaml.safe_load(text)
-    name = "fsdp_config" if "fsdp_config" in config else "deepspeed_config"
-    section = config[name]
-    for key, value in section.items():
+    for name, key, value in [(s, *entry) for s in SECTIONS for entry in config.get(s, {}).items()]:
         if key in ("fsdp_version", "zero_stage"):  # decides what the other entries mean
             continue
         other = not value if isinstance(value, bool) else OTHER[value]
         changed = tmp_path / "config.yaml"
-        changed.write_text(yaml.safe_dump({**config, name: {**section, key: other}}))
+        changed.write_text(yaml.safe_dump({**config, name: {**config[name], key: other}}))
         try:
             assert plugin_state(changed, monkeypatch) != state, key
         except (UserWarning, ValueError) as contradiction:  # of another entry, so it is read

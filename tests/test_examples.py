@@ -36,12 +36,6 @@ def model_folder(make_model, tokenizer, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.fixture
-def jsonl(prompt_completion, tmp_path):
-    prompt_completion.to_json(tmp_path / "data.jsonl")
-    return tmp_path / "data.jsonl"
-
-
 def history(folder):
     (state,) = folder.glob("checkpoint-*/trainer_state.json")
     return json.loads(state.read_text())["log_history"]
@@ -92,9 +86,12 @@ def test_lora_on_a_local_folder_from_a_yaml_file(model_folder, prompt_completion
     assert PeftModel.from_pretrained(base, tmp_path / "out").active_peft_config.r == 16
 
 
-def test_qlora(model_folder, jsonl, tmp_path):
+def test_qlora_on_data_of_another_schema(model_folder, prompt_completion, tmp_path):
+    alpaca = prompt_completion.rename_columns({"prompt": "instruction", "completion": "output"})
+    alpaca.to_json(tmp_path / "alpaca.jsonl")
     launch(
-        *("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--output_dir", tmp_path / "out"),
+        *("--model_name_or_path", model_folder, "--dataset_name", tmp_path / "alpaca.jsonl"),
+        *("--output_dir", tmp_path / "out"),
         *("--use_peft", "--load_in_4bit", "--max_steps", 2, "--logging_steps", 1, "--report_to", "none"),
     )
     assert {"loss", "prompt_loss", "completion_loss"} <= set(history(tmp_path / "out")[0])

@@ -6,9 +6,11 @@ import wit_trl
 
 def test_public_names():
     assert wit_trl.__all__ == [
+        "DataCollatorForVisionLanguageWIT",
         "DataCollatorForWIT",
         "WITSFTConfig",
         "WITSFTTrainer",
+        "to_trl_format",
         "weighted_linear_cross_entropy",
         "wit_loss",
     ]

@@ -4,36 +4,24 @@ import functools
 import inspect
 import json
 import resource
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT, WITSFTConfig, WITSFTTrainer
+from wit_trl.conversation import Conversation
 
 from .reference import formula, token_metrics, tokenize
-
-
-WEIGHTS = (0.2, 0.8)
-
-
-class StepRecorder(TrainerCallback):
-    """Keeps the gradients of every optimizer step and the logs of every step."""
-
-    def __init__(self):
-        self.gradients, self.logs = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({name: p.grad.detach().clone() for name, p in model.named_parameters()})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.logs.append(dict(logs))
+from .training import WEIGHTS, StepRecorder, make_trainer
 
 
 @pytest.fixture
@@ -43,22 +31,6 @@ def rows(prompt_completion, tokenizer):
     rows = [{key: value[:64] for key, value in row.items()} for row in rows]
     assert len({len(row["input_ids"]) for row in rows}) > 5
     return rows
-
-
-def make_trainer(make_model, tokenizer, rows, config_kwargs, weights=WEIGHTS, model=None, **kwargs):
-    prompt_loss_weight, completion_loss_weight = weights
-    kwargs.setdefault("train_dataset", Dataset.from_list(rows))
-    return WITSFTTrainer(
-        model=model or make_model(),
-        args=WITSFTConfig(
-            prompt_loss_weight=prompt_loss_weight,
-            completion_loss_weight=completion_loss_weight,
-            train_sampling_strategy="sequential",
-            **config_kwargs,
-        ),
-        processing_class=tokenizer,
-        **kwargs,
-    )
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
@@ -391,11 +363,20 @@ def test_plain_text_warns_that_there_is_no_prompt(make_model, tokenizer, config_
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"completion_mask": [0, 1]}, r"Row 1: `completion_mask` has 2 entries, but `input_ids` has 3"),
-        ({"labels": [-100, 6]}, r"Row 1: `labels` has 2 entries, but `input_ids` has 3"),
-        ({"labels": [-100, 6, 9]}, r"Row 1: The label at position 2 is 9, but it must be the token itself, 7"),
-        ({"completion_mask": [0, 2, 1]}, r"Row 1: `completion_mask` holds \[2\], but it must hold 1 .* and 0"),
-        ({"assistant_masks": [0, 0, 1, 1]}, r"Row 1: `assistant_masks` has 4 entries"),
+        (
+            {"completion_mask": [0, 1]},
+            r"Row 1 of the train dataset: `completion_mask` has 2 entries, but `input_ids` has 3",
+        ),
+        ({"labels": [-100, 6]}, r"Row 1 of the train dataset: `labels` has 2 entries, but `input_ids` has 3"),
+        (
+            {"labels": [-100, 6, 9]},
+            r"Row 1 of the train dataset: The label at position 2 is 9, but it must be the token itself, 7",
+        ),
+        (
+            {"completion_mask": [0, 2, 1]},
+            r"Row 1 of the train dataset: `completion_mask` holds \[2\], but it must hold 1 .* and 0",
+        ),
+        ({"assistant_masks": [0, 0, 1, 1]}, r"Row 1 of the train dataset: `assistant_masks` has 4 entries"),
     ],
 )
 def test_wrong_masks_are_refused_by_row(row, message, make_model, tokenizer, config_kwargs):
@@ -467,24 +448,84 @@ def test_own_collator_weighs_tokens_by_its_own_rule(rows, make_model, tokenizer,
     assert trainer.state.log_history[0]["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-5)
 
 
-def test_images_are_refused(make_model, tokenizer, config_kwargs):
-    with pytest.raises(ValueError, match=r"images are not supported yet\. Drop the image column, or use TRL's"):
-        make_trainer(make_model, tokenizer, [{"prompt": "a", "completion": "b", "images": []}], config_kwargs)
+@pytest.fixture
+def in_parallel(monkeypatch):
+    """A function after which trainers are made as if launched with a `ParallelismConfig` and a `DeepSpeedPlugin`."""
+
+    def launch(deepspeed_plugin=None, **sizes):
+        initialise = SFTTrainer.__init__
+
+        @functools.wraps(initialise)
+        def initialise_in_parallel(self, *args, **kwargs):
+            initialise(self, *args, **kwargs)
+            monkeypatch.setattr(Accelerator, "parallelism_config", ParallelismConfig(**sizes))
+            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", deepspeed_plugin)
+
+        monkeypatch.setattr(SFTTrainer, "__init__", initialise_in_parallel)
+
+    return launch
 
 
-@pytest.mark.parametrize("enabled", ["cp_enabled", "sp_enabled"])
-def test_context_and_sequence_parallelism_are_refused(enabled, rows, make_model, tokenizer, config_kwargs, monkeypatch):
-    initialise = SFTTrainer.__init__
-
-    @functools.wraps(initialise)
-    def initialise_in_parallel(self, *args, **kwargs):  # as if launched over several processes
-        initialise(self, *args, **kwargs)
-        parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, enabled: True})
-        monkeypatch.setattr(Accelerator, "parallelism_config", parallelism)
-
-    monkeypatch.setattr(SFTTrainer, "__init__", initialise_in_parallel)
-    with pytest.raises(ValueError, match=r"sequence parallelism are not supported yet.* Set `cp_size` and"):
+def test_context_parallelism_is_refused(in_parallel, rows, make_model, tokenizer, config_kwargs):
+    in_parallel(cp_size=2)
+    with pytest.raises(ValueError, match=r"Context parallelism is not supported.* use DeepSpeed's sequence"):
         make_trainer(make_model, tokenizer, rows, config_kwargs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"packing": True}, {"eval_packing": True}, {"padding_free": True, "max_length": None}]
+)
+def test_packing_under_sequence_parallelism_is_refused(
+    options, in_parallel, rows, make_model, tokenizer, config_kwargs
+):
+    in_parallel(sp_size=2)
+    with pytest.raises(ValueError, match=r"Packing and padding-free batches .* Set `packing`, `eval_packing` and"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs | options)
+
+
+def test_packed_evaluation_set_under_sequence_parallelism_is_refused(
+    in_parallel, rows, make_model, tokenizer, config_kwargs
+):
+    in_parallel(sp_size=2)
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    packed = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in rows]
+    with pytest.raises(ValueError, match=r"Packing and padding-free batches .* Set `packing`, `eval_packing` and"):
+        trainer.evaluate(Dataset.from_list(packed))
+
+
+def test_tokens_averaged_on_each_rank_under_sequence_parallelism_are_refused(
+    in_parallel, rows, make_model, tokenizer, config_kwargs
+):
+    in_parallel(sp_size=2)
+    with pytest.raises(ValueError, match=r"`average_tokens_across_devices=False` is not supported .* Set it to True"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs | {"average_tokens_across_devices": False})
+
+
+def test_prompt_learning_under_sequence_parallelism_is_refused(in_parallel, rows, make_model, tokenizer, config_kwargs):
+    in_parallel(sp_size=2)
+    prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=r"Prompt learning is not supported under sequence parallelism.* Use LoRA"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs, peft_config=prompt_tuning)
+
+
+def test_zero3_without_reduce_scatter_under_sequence_parallelism_is_refused(
+    in_parallel, rows, make_model, tokenizer, config_kwargs, monkeypatch
+):
+    zero_config = {"stage": 3, "reduce_scatter": False}
+    in_parallel(SimpleNamespace(deepspeed_config={"zero_optimization": zero_config}), sp_size=2)
+    monkeypatch.setattr("wit_trl.sequence_parallel.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"`reduce_scatter: false` is not supported .* Remove it from the DeepSpeed"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs)
+
+
+@pytest.mark.parametrize(("asked", "multiple"), [(None, 4), (6, 12)])
+def test_every_rank_of_a_sequence_gets_as_many_tokens(
+    asked, multiple, in_parallel, rows, make_model, tokenizer, config_kwargs
+):
+    in_parallel(sp_size=4)
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | {"pad_to_multiple_of": asked})
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert {batch[name].size(1) % multiple for name in ("input_ids", "token_weights", "completion_mask")} == {0}
 
 
 @pytest.mark.parametrize("columns", [["prompt", "completion"], ["messages"], ["conversations"]])
@@ -514,10 +555,13 @@ def test_empty_data_is_refused(rows, make_model, tokenizer, config_kwargs):
 
 def test_conversation_without_template_or_assistant_is_refused(messages, make_model, tokenizer, config_kwargs):
     mute = Dataset.from_list([{"messages": [{"role": "user", "content": "Hello?"}]}])
-    with pytest.raises(ValueError, match="A conversation of the train dataset has no assistant turn"):
+    with pytest.raises(
+        ValueError,
+        match=r"Row 0 of the train dataset: the conversation has no assistant turn.*Its roles are \['user'\]",
+    ):
         make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=mute)
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"the tokenizer has no chat template\. Set `chat_template_path`"):
+    with pytest.raises(ValueError, match="holds conversations, but there is no chat template, or no default one"):
         make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
 
 
@@ -527,7 +571,7 @@ def test_template_that_leaves_out_the_end_of_turn_warns(messages, make_model, to
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
         "{% else %}{{ message.content }}{% endif %}<|eot_id|>{% endfor %}"
     )
-    inspect.getmodule(WITSFTTrainer).logger.warning_once.cache_clear()
+    inspect.getmodule(Conversation).logger.warning_once.cache_clear()
     make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
     assert "The chat template leaves the end-of-turn token out of the assistant's turn" in caplog.text
 
@@ -587,6 +631,17 @@ def test_positional_arguments_and_plain_arguments_get_the_default_weights(rows, 
         assert trainer.data_collator.completion_loss_weight == 0.8
 
 
+def test_arguments_with_fields_of_their_own_are_refused(rows, make_model, tokenizer, config_kwargs):
+    @dataclass
+    class OwnConfig(SFTConfig):
+        own: int = 1
+
+    with pytest.raises(
+        ValueError, match=r"`args` is a `OwnConfig` with fields of its own, \['own'\]\. Make it a subclass"
+    ):
+        WITSFTTrainer(make_model(), OwnConfig(**config_kwargs), train_dataset=Dataset.from_list(rows))
+
+
 def test_works_without_args(rows, make_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = make_model()
@@ -605,6 +660,7 @@ def test_model_card_cites_the_paper(rows, make_model, tokenizer, config_kwargs, 
     assert "huggingface.co/papers/2507.07817" in card
     assert "@article{chatterjee2025effect" in card
     assert "- wit\n" in card
+    assert card.endswith("prompt_loss_weight: 0.2, completion_loss_weight: 0.8\n")
     assert "wit" in trainer.model.model_tags
 
 
@@ -641,7 +697,7 @@ def test_full_disk_while_saving_leaves_the_checkpoint_before(rows, make_model, t
 
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
 
     config_kwargs["output_dir"] = str(tmp_path / "cut_off")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -18,8 +18,10 @@ def token_regions(example: dict[str, Any]) -> list[int]:
     Raises:
         `ValueError`: a column does not have one entry for each token, or holds other values.
     """
-    input_ids = torch.as_tensor(example["input_ids"])
-    columns = {name: torch.as_tensor(example[name]) for name in REGION_COLUMNS if name in example}
+    input_ids = _token_values(example, "input_ids")
+    if len(input_ids) == 0 or input_ids.is_floating_point() or (input_ids < 0).any():
+        raise ValueError(f"`input_ids` must be the numbers of one token or more, but is {example['input_ids']!r}.")
+    columns = {name: _token_values(example, name) for name in REGION_COLUMNS if name in example}
     for name, column in columns.items():
         if len(column) != len(input_ids):
             raise ValueError(
@@ -47,6 +49,74 @@ def token_regions(example: dict[str, Any]) -> list[int]:
     return regions.masked_fill(padding, -100).tolist()
 
 
+def _token_values(example: dict[str, Any], name: str) -> torch.Tensor:
+    try:
+        values = torch.as_tensor(example.get(name))
+    except (TypeError, ValueError, RuntimeError):  # torch has all three for what are no numbers
+        values = torch.empty(())
+    if values.ndim != 1:
+        raise ValueError(f"`{name}` must be a list with a number for each token, but is {example.get(name)!r}.")
+    return values
+
+
+def token_weights(example: dict[str, Any]) -> torch.Tensor:
+    """
+    Returns the weight that the data itself gives each token of a tokenized example, in float32: its `"token_weights"`
+    times the `"weight"` of the row. What is missing or `None` is 1.
+
+    Raises:
+        `ValueError`: a weight is negative, not finite or not a number, or not every token has one.
+    """
+    length = len(example["input_ids"])
+    weights = torch.ones(length)
+    if example.get("token_weights") is not None:
+        weights = check_weights(example["token_weights"], "`token_weights`")
+        if weights.shape != (length,):
+            raise ValueError(
+                f"`token_weights` has {weights.numel()} entries, but `input_ids` has {length}. Give each token one."
+            )
+    return weights * check_weight(example.get("weight"), "`weight`")
+
+
+def check_weights(values: Any, name: str) -> torch.Tensor:
+    """Returns weights as a tensor. Raises `ValueError` unless they are finite numbers that are not negative."""
+    try:
+        weights = torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):  # torch has all three for what is no number
+        weights = torch.tensor(torch.nan)
+    if not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError(f"{name} is {values!r}, but a weight must be a finite number that is not negative.")
+    return weights
+
+
+def check_weight(value: Any, name: str) -> float:
+    """Returns a single weight, 1 for `None`. Raises `ValueError` unless it is a finite number that is not negative."""
+    weight = check_weights(1 if value is None else value, name)
+    if weight.ndim > 0:
+        raise ValueError(f"{name} is {value!r}, but must be one number.")
+    return weight.item()
+
+
+def set_targets(
+    batch: dict[str, Any],
+    region: torch.Tensor,
+    data_weights: torch.Tensor,
+    prompt_loss_weight: float,
+    completion_loss_weight: float,
+) -> None:
+    """
+    Sets `"completion_mask"`, `"token_weights"` and `"labels"` of a batch from the region of each token and the weight
+    that the data gives it, both of the shape of `"input_ids"`.
+    """
+    weights = torch.zeros_like(data_weights)
+    weights[region == 0] = prompt_loss_weight
+    weights[region == 1] = completion_loss_weight
+    weights *= data_weights
+    batch["completion_mask"] = region
+    batch["token_weights"] = weights
+    batch["labels"] = batch["input_ids"].masked_fill(weights == 0, -100)
+
+
 @dataclass
 class DataCollatorForWIT(DataCollatorForLanguageModeling):
     """
@@ -61,7 +131,7 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
     - `"completion_mask"` (`int64`): 1 completion, 0 prompt, -100 for a token that is never a target: padding, and the
       first token of every document, which nothing predicts.
     - `"token_weights"` (`float32`): `completion_loss_weight` on completion tokens, `prompt_loss_weight` on prompt
-      tokens, 0 where `"completion_mask"` is -100.
+      tokens, 0 where `"completion_mask"` is -100; times the `"weight"` and the `"token_weights"` of an example.
     - `"labels"` (`int64`): the token where its weight is not zero, -100 elsewhere. So the labels count the divisor of
       the loss and the weights scale its numerator.
 
@@ -117,12 +187,11 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
         batch = super().torch_call([{**example, "labels": token_regions(example)} for example in examples])
         region = batch["labels"]
         region[:, 0] = -100
-        weights = torch.zeros_like(region, dtype=torch.float32)
-        weights[region == 0] = self.prompt_loss_weight
-        weights[region == 1] = self.completion_loss_weight
-        batch["completion_mask"] = region
-        batch["token_weights"] = weights
-        batch["labels"] = batch["input_ids"].masked_fill(weights == 0, -100)
+        data_weights = torch.ones_like(region, dtype=torch.float32)
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        in_rows = torch.arange(region.size(1)) < (lengths.sum() if self.padding_free else lengths[:, None])
+        data_weights[in_rows.expand_as(region)] = torch.cat([token_weights(example) for example in examples])
+        set_targets(batch, region, data_weights, self.prompt_loss_weight, self.completion_loss_weight)
         if self.padding_free:
-            batch["example_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
+            batch["example_lengths"] = lengths
         return batch

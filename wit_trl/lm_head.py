@@ -25,6 +25,7 @@ def align_with_targets(values: torch.Tensor, length: int, fill: float = 0) -> to
     """
     Returns values of tokens `(B, T)` as values of the `length` targets of each row. The first token, which nothing
     predicts, falls away; the virtual tokens that prompt learning puts in front, which are no targets, get `fill`.
+    Values that are as many as the targets belong to them already.
     """
     return F.pad(values, (length + 1 - values.size(1), 0), value=fill)[:, 1:]
 
@@ -59,12 +60,14 @@ def weighted_forward(
         model (`torch.nn.Module`):
             Model prepared by [`~trl.trainer.utils.add_fused_lm_head`] and then wrapped in any way.
         inputs (`dict[str, Any]`):
-            Arguments of its forward. `"labels"` is -100 where a token is not scored.
+            Arguments of its forward. `"labels"` is -100 where a token is not scored. `"shift_labels"`, if there are
+            any, stand for the labels: at the position that predicts the token.
         token_weights (`torch.Tensor` of shape `(B, T)`):
-            Weight of each token as a target, 0 where it is not scored.
+            Weight of each token as a target, 0 where it is not scored, at the position of its label.
     """
+    labels = inputs["shift_labels" if "shift_labels" in inputs else "labels"]
     if token_weights.device.type in _ONE_PASS_DEVICES:
-        kernel = _OnePassKernel(token_weights, inputs["labels"] != -100)
+        kernel = _OnePassKernel(token_weights, labels != -100)
         with patch.object(utils, "_ChunkedLogProbFunction", kernel), _gathered_lm_head(model):
             outputs = model(**inputs, fused_lm_head=True)
         return outputs, kernel.nll.view_as(outputs.log_probs)

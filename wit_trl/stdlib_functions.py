@@ -29,23 +29,22 @@ def load_stdlib_functions(max_characters: int = 400, validation_share: float = 0
     pairs: dict[str, str] = {}  # by source: a function that two modules share counts once
     for path in sorted(root.rglob("*.py")):
         if _SKIPPED.isdisjoint(path.relative_to(root).parts):
-            for prompt, completion in _pairs(path.read_text(encoding="utf-8", errors="replace")):
-                if len(completion) <= max_characters:
-                    pairs.setdefault(completion, prompt)
+            for prompt, completion in _pairs(path.read_text(encoding="utf-8", errors="replace"), max_characters):
+                pairs.setdefault(completion, prompt)
     dataset = Dataset.from_dict({"prompt": list(pairs.values()), "completion": list(pairs)})
     splits = dataset.train_test_split(test_size=validation_share, seed=0)
     return DatasetDict(train=splits["train"], validation=splits["test"])
 
 
-def _pairs(module: str) -> Iterator[tuple[str, str]]:
+def _pairs(module: str, max_characters: int) -> Iterator[tuple[str, str]]:
     lines = module.split("\n")  # `splitlines` would also split at form feeds, which `lineno` does not count
     for node in ast.walk(_parse(module)):
-        if isinstance(node, ast.FunctionDef):
-            source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-            for function in _parse(source).body:
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False):  # few are parsed once more
+            source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) + "\n"
+            for function in _parse(source).body if len(source) <= max_characters else ():
                 if isinstance(function, ast.FunctionDef) and (documentation := ast.get_docstring(function)):
                     signature = f"{function.name}({ast.unparse(function.args)})"
-                    yield f"Write the Python function {signature}.\n\n{documentation}\n", f"{source}\n"
+                    yield f"Write the Python function {signature}.\n\n{documentation}\n", source
 
 
 def _parse(source: str) -> ast.Module:

@@ -2,10 +2,12 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from accelerate.logging import get_logger
@@ -13,59 +15,42 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, sort_checkpoints
 from trl import SFTTrainer
-from trl.chat_template_utils import (
-    get_training_chat_template,
-    has_generation_markers,
-    is_chat_template_stop_token_trained,
-)
-from trl.data_utils import (
-    get_dataset_column_names,
-    is_conversational,
-    is_conversational_from_value,
-    maybe_convert_to_chatml,
-)
-from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id
 
 from .config import WITSFTConfig
-from .data_collator import REGION_COLUMNS, DataCollatorForWIT, token_regions
+from .data_collator import REGION_COLUMNS, DataCollatorForWIT
+from .data_preparation import DataPreparation, checked_formatting
+from .inspection import print_summary
 from .lm_head import align_with_targets, dequantize_lm_head, weighted_forward
+from .metrics import NUM_TERMS, loss_terms, region_losses, token_metrics
+from .sequence_parallel import PACKED_MESSAGE, check_sequence_parallelism, shift_targets, skip_batches
+from .vision_data_collator import DataCollatorForVisionLanguageWIT
 
 
 logger = get_logger(__name__)
 
-_NUM_TERMS = 8  # of `_loss_terms`
 _TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-def _name_roles(example: dict[str, Any]) -> dict[str, Any]:
-    """ShareGPT calls the user `human` and the assistant `gpt`, which chat templates do not know."""
-    turns = example["conversations"]
-    return {"conversations": [{**turn, "from": _SHAREGPT_ROLES.get(turn["from"], turn["from"])} for turn in turns]}
-
-
-def _label_regions(example: dict[str, Any], index: int) -> dict[str, list[int]]:
-    try:
-        return {"labels": token_regions(example)}
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from error
 
 
 class WITSFTTrainer(SFTTrainer):
     """
     Trainer for Weighted Instruction Tuning (WIT).
 
-    The only differences from [`~trl.SFTTrainer`] are the loss and what feeds it. With \\( w_t \\) the weight of a
-    token's region (prompt or completion) and \\( N \\) the number of tokens whose weight is not zero, over all
-    micro-batches and ranks of the optimizer step, the loss is, in nats,
+    The only differences from [`~trl.SFTTrainer`] are the loss and what feeds it. With \\( w_t \\) the weight of a token
+    and \\( N \\) the number of tokens whose weight is not zero, over all micro-batches and ranks of the optimizer step,
+    the loss is, in nats,
 
     $$\\mathcal{L} = -\\frac{1}{N} \\sum_t w_t \\log p(x_t \\mid x_{<t})$$
 
     The completion region is what TRL would train on by itself: the completion of a prompt-completion data set, the
-    assistant's turns of a conversation, all of a plain text. All other tokens are the prompt.
+    assistant's turns of a conversation, all of a plain text. All other tokens are the prompt. The weight of a token is
+    that of its region, times what the data says: `"weight"` of a row, `"weight"` of a message, `"token_weights"` beside
+    `"input_ids"`.
 
     Takes the arguments of [`~trl.SFTTrainer`], except that `compute_loss_func` is refused; any other `args` than a
     [`WITSFTConfig`] get its default weights.
@@ -79,8 +64,9 @@ class WITSFTTrainer(SFTTrainer):
     model (`eval_aux_loss`).
 
     Raises:
-        `ValueError`: `compute_loss_func` is passed; the data collator does not return `token_weights`; the data set
-        leaves no token to train on; images, context or sequence parallelism are used.
+        `ValueError`: `compute_loss_func` is passed; the data collator does not return `token_weights`; a row cannot be
+        trained on, or no row leaves a token to train on; context parallelism is used; sequence parallelism is used with
+        packing, padding-free batches, prompt learning or `average_tokens_across_devices=False`.
 
     Example:
     ```python
@@ -97,6 +83,7 @@ class WITSFTTrainer(SFTTrainer):
     """
 
     _train_is_prepared = False
+    _whole_train_rows: Dataset | IterableDataset | None = None
     _tag_names: ClassVar = ["trl", "sft", "wit"]
     _name = "WIT"
     _paper: ClassVar = {
@@ -126,10 +113,6 @@ class WITSFTTrainer(SFTTrainer):
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError("`train_dataset` is empty. Check the file, the split and any filter it comes from.")
         columns = get_dataset_column_names(dataset) if isinstance(dataset, Dataset | IterableDataset) else []
-        if not {"image", "images"}.isdisjoint(columns):
-            raise ValueError(
-                "Data sets with images are not supported yet. Drop the image column, or use TRL's `SFTTrainer`."
-            )
         if arguments.get("formatting_func") and not _TRL_COLUMNS.isdisjoint(columns):
             raise ValueError(
                 f"`formatting_func` makes plain text, but TRL reads the columns {sorted(_TRL_COLUMNS & set(columns))} "
@@ -142,26 +125,44 @@ class WITSFTTrainer(SFTTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             config = WITSFTConfig(f"{model_name.split('/')[-1]}-WIT")
         elif isinstance(config, TrainingArguments) and not isinstance(config, WITSFTConfig):
-            config = WITSFTConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init})
+            fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+            if added := fields.keys() - {f.name for f in dataclasses.fields(WITSFTConfig)}:
+                raise ValueError(
+                    f"`args` is a `{type(config).__name__}` with fields of its own, {sorted(added)}. Make it a "
+                    "subclass of `WITSFTConfig`."
+                )
+            config = WITSFTConfig(**fields)
+        if config.assistant_only_loss and not {"messages", "conversations"}.isdisjoint(columns):
+            # TRL refuses templates that it does not know. It is what the completion of a conversation is here.
+            config = copy.copy(config)
+            config.assistant_only_loss = False
         arguments["args"] = config
         weights = {name: getattr(config, name) for name in ("prompt_loss_weight", "completion_loss_weight")}
         collator = arguments.get("data_collator")
-        if isinstance(collator, DataCollatorForWIT) and any(getattr(collator, k) != v for k, v in weights.items()):
+        of_wit = isinstance(collator, DataCollatorForWIT | DataCollatorForVisionLanguageWIT)
+        if of_wit and any(getattr(collator, k) != v for k, v in weights.items()):
             raise ValueError(
-                f"The weights of the `DataCollatorForWIT` contradict those of the `WITSFTConfig`, {weights}. Pass the "
-                "same ones to both, or no collator."
+                f"The weights of the `{type(collator).__name__}` contradict those of the `WITSFTConfig`, {weights}. "
+                "Pass the same ones to both, or no collator."
             )
 
         super().__init__(**arguments)
 
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        if self.get_cp_size() > 1:
             raise ValueError(
-                "Context and sequence parallelism are not supported yet: they would split the tokens without their "
-                "weights. Set `cp_size` and `sp_size` to 1."
+                "Context parallelism is not supported: it would split the tokens without their weights. Set `cp_size` "
+                "to 1, and use DeepSpeed's sequence parallelism instead (accelerate_configs/deepspeed_ulysses.yaml)."
             )
         if collator is None:
-            self.data_collator = DataCollatorForWIT(**dataclasses.asdict(self.data_collator), **weights)
+            collator_class = DataCollatorForVisionLanguageWIT if self._is_vision_dataset else DataCollatorForWIT
+            self.data_collator = collator_class(**vars(self.data_collator), **weights)
+            if self._is_vision_dataset:
+                self._check_vision_dataset()
+        if self.get_sp_size() > 1:
+            check_sequence_parallelism(self.args, self.model, self.accelerator)
+            if isinstance(self.data_collator, DataCollatorForWIT):  # so that all ranks get as many tokens
+                multiple = math.lcm(self.data_collator.pad_to_multiple_of or 1, self.get_sp_size())
+                self.data_collator.pad_to_multiple_of = multiple
         # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights at the first evaluation, for a kernel that has no
         # gradient: all later training steps would silently lose the gradient through them
         for module in self.model.modules():
@@ -171,11 +172,11 @@ class WITSFTTrainer(SFTTrainer):
             dequantize_lm_head(self.model)
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        # On this rank: sums of `_loss_terms`, then of auxiliary losses and of micro-batches, since the last log, and of
+        # On this rank: sums of `loss_terms`, then of auxiliary losses and of micro-batches, since the last log, and of
         # tokens since the start. MPS has no float64.
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._train_sums = torch.zeros(_NUM_TERMS + 3, dtype=dtype, device=self.args.device)
-        self._eval_sums = torch.zeros(_NUM_TERMS, dtype=torch.float64)
+        self._train_sums = torch.zeros(NUM_TERMS + 3, dtype=dtype, device=self.args.device)
+        self._eval_sums = torch.zeros(NUM_TERMS, dtype=torch.float64)
 
     def _prepare_dataset(
         self,
@@ -186,118 +187,49 @@ class WITSFTTrainer(SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        # TRL carries one column through truncation and packing: `labels`, -100 where it would not train. First TRL
-        # tokenizes whole rows and labels the completion; then the labels become regions (0 or 1, so that no row looks
-        # fully masked); then TRL truncates and packs those. The weights have no part in it, so one cache serves all.
+        # TRL tokenizes whole rows and labels the completion, whatever its weight. From there on, each token needs its
+        # region and the weight that the data gives it, where TRL has labels.
         is_train, self._train_is_prepared = not self._train_is_prepared, True  # TRL prepares it first
-        example = next(iter(dataset), None)
-        if example is None:
-            raise ValueError(f"The {dataset_name} dataset is empty. Check the file, the split and any filter.")
-        if {"seq_lengths", "completion_mask"} <= set(example):
+        preparation = DataPreparation(args, packing, dataset_name)
+        columns = set(preparation.first_row(dataset))
+        if {"seq_lengths", "completion_mask"} <= columns:
             return dataset  # packed already
-        if "input_ids" not in example:
-            dataset = self._tokenize_whole_rows(dataset, example, processing_class, args, formatting_func, dataset_name)
-        elif set(REGION_COLUMNS[:3]).isdisjoint(example):
-            logger.warning_once(
-                "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
-                "completion and `prompt_loss_weight` has no effect."
+        if "input_ids" not in columns:
+            if formatting_func is None:
+                dataset = preparation.check_rows(dataset, processing_class, self.chat_template)
+            else:
+                preparation.warn_of_no_prompt()
+                formatting_func = checked_formatting(formatting_func)
+            self.completion_only_loss = True
+            whole_args = copy.copy(args)
+            whole_args.max_length, whole_args.shuffle_dataset = None, False
+            dataset = super()._prepare_dataset(
+                dataset, processing_class, whole_args, False, formatting_func, dataset_name
             )
-
-        map_kwargs: dict[str, Any] = {}
-        if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
-            map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Finding completions in {dataset_name} dataset"}
-        used = [name for name in REGION_COLUMNS if name != "labels" and name in get_dataset_column_names(dataset)]
-        with global_then_local_main_first():
-            whole_rows = dataset.map(_label_regions, with_indices=True, remove_columns=used, **map_kwargs)
-        rows_args = copy.copy(args)
-        rows_args.shuffle_dataset = args.shuffle_dataset and packing
-        dataset = super()._prepare_dataset(whole_rows, processing_class, rows_args, packing, None, dataset_name)
-        dataset = dataset.rename_column("labels", "completion_mask")
-        if is_train:
-            dataset = self._drop_rows_without_target(dataset, whole_rows, args)
-        if args.shuffle_dataset and not packing:
+        whole_rows = preparation.find_regions(dataset)
+        dataset = preparation.fit_to_length(whole_rows)
+        if is_train:  # evaluation sets keep all their rows, since both regions are measured
+            self._whole_train_rows = whole_rows  # for `print_summary`
+            dataset = preparation.drop_rows_without_target(dataset, whole_rows)
+        if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         return dataset
 
-    def _tokenize_whole_rows(self, dataset, example, processing_class, args, formatting_func, dataset_name):
-        """Has TRL tokenize the rows without cutting them, with `labels` of -100 outside the completion region."""
-        if formatting_func is None and is_conversational_from_value(example):
-            with global_then_local_main_first():
-                dataset = dataset.map(_name_roles)
-        example = maybe_convert_to_chatml(copy.deepcopy(example))
-        known = ({"prompt", "completion"}, {"messages"}, {args.dataset_text_field})
-        if formatting_func is None and not any(columns <= set(example) for columns in known):
-            raise ValueError(
-                f"The {dataset_name} dataset has the columns {list(example)}, but needs `prompt` and `completion`, "
-                f"`messages`, `conversations`, `{args.dataset_text_field}` or `input_ids`. Rename its columns, or make "
-                "plain text of them with `formatting_func`."
-            )
-        args = copy.copy(args)
-        args.max_length, args.shuffle_dataset = None, False
-        self.completion_only_loss = True  # label the completion, whatever its weight
-        chat_template = self.chat_template
-        if formatting_func is None and "messages" in example and is_conversational(example):
-            if processing_class.chat_template is None:
-                raise ValueError(
-                    "The data set holds conversations, but the tokenizer has no chat template. Set "
-                    "`chat_template_path` to a template file or to a model that has one."
-                )
-            args.assistant_only_loss = True
-            if not has_generation_markers(processing_class.chat_template):
-                self.chat_template = get_training_chat_template(processing_class)
-            if not is_chat_template_stop_token_trained(processing_class, chat_template=self.chat_template):
-                logger.warning_once(
-                    "The chat template leaves the end-of-turn token out of the assistant's turn. It counts as prompt, "
-                    "so the model may not learn to stop. Move it inside `{% generation %}` in the template."
-                )
-        elif formatting_func is not None or "prompt" not in example:
-            logger.warning_once(
-                "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no "
-                "effect. Pass prompt/completion or `messages` columns to use both weights."
-            )
-        try:
-            return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        except RuntimeError as error:
-            if "no assistant tokens" not in str(error):
-                raise
-            raise ValueError(
-                f"A conversation of the {dataset_name} dataset has no assistant turn, so it has no completion. Remove "
-                "such rows."
-            ) from error
-        finally:
-            self.chat_template = chat_template  # other data sets keep the template they have in TRL
-
-    @staticmethod
-    def _drop_rows_without_target(
-        dataset: Dataset | IterableDataset, whole_rows: Dataset | IterableDataset, args: WITSFTConfig
-    ) -> Dataset | IterableDataset:
+    def _check_vision_dataset(self) -> None:
         """
-        Drops the rows of the training set in which every token weighs 0, where TRL drops fully masked ones: after
-        truncation, but not after packing. Raises `ValueError` if no row has a target. Evaluation sets keep all their
-        rows, since both regions are measured.
+        Raises `ValueError` if a row is wrong but for its images, which are not read, or if none has a target: it stops
+        at the first that has one.
         """
-        weights = (args.prompt_loss_weight, args.completion_loss_weight)
-
-        def has_target(regions):
-            return any(weights[region] != 0 for region in regions[1:] if region != -100)
-
-        kept = dataset
-        if 0 in weights and args.max_length is not None and not args.packing:
-            desc = {"desc": "Dropping rows without target from train dataset"} if isinstance(dataset, Dataset) else {}
-            kept = dataset.filter(has_target, input_columns="completion_mask", **desc)
-        if not any(has_target(example["completion_mask"]) for example in kept):
-            had_target = [has_target(example["labels"]) for example in whole_rows]
+        dataset = self.train_dataset
+        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+            texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
+            DataPreparation(self.args, False, "train").map_rows(texts, self.data_collator.check_row, "Checking rows")
+        if not any((self.data_collator([row])["labels"] != -100).any() for row in self.train_dataset):
             raise ValueError(
-                f"No row of the train dataset has a token left to train on. The weights of prompt and completion are "
-                f"{weights}, and {sum(had_target)} of {len(had_target)} rows were lost to `max_length="
-                f"{args.max_length}`. Raise `max_length`, give the other region a weight, or check the data."
+                "No example of the train dataset has a token left to train on. The weights of prompt and completion "
+                f"are {(self.args.prompt_loss_weight, self.args.completion_loss_weight)}, and `max_length` is "
+                f"{self.args.max_length}. Raise `max_length`, give the other region a weight, or check the data."
             )
-        if isinstance(kept, Dataset) and len(kept) < len(dataset):
-            logger.warning(
-                f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of the train dataset: they have no token "
-                f"of non-zero weight within `max_length={args.max_length}`."
-            )
-        return kept
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
@@ -307,14 +239,55 @@ class WITSFTTrainer(SFTTrainer):
                     f"There is no complete checkpoint in `{self.args.output_dir}` to resume from. Check the folder, or "
                     "train from the start without `resume_from_checkpoint`."
                 )
+        if self.is_world_process_zero():
+            print_summary(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in REGION_COLUMNS if name not in self._signature_columns]
+        if self._is_vision_dataset:  # collated as it is; and TRL would remove the text
+            columns = [self.args.dataset_text_field, "weight"]
+        else:
+            columns = [*REGION_COLUMNS, "token_weights", "weight"]
+        self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
         """Allows what TRL rejects: data that skips preparation with masks but no labels. Our collator reads masks."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            with Path(self.args.output_dir, "README.md").open("a", encoding="utf-8") as card:
+                card.write(
+                    "\n## Weights of the loss\n\nprompt_loss_weight: "
+                    f"{self.args.prompt_loss_weight}, completion_loss_weight: {self.args.completion_loss_weight}\n"
+                )
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.get_sp_size() == 1:
+            return super().get_train_dataloader()
+        with patch.object(self, "data_collator", shift_targets(self.data_collator)):
+            return super().get_train_dataloader()
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.get_sp_size() == 1:
+            return super()._run_epoch(**kwargs)
+        # DeepSpeed's data loader has no epochs: it would go on behind the end of the last one, in which `Trainer` would
+        # lose a step, and in its order. Nor can accelerate skip its batches to resume.
+        loader = kwargs["train_dataloader"]
+        loader.dl.set_epoch(kwargs["epoch"])
+        loader.iter = iter(loader.dl)
+        loader.micro_batches.clear()
+        with patch("transformers.trainer.skip_first_batches", skip_batches):
+            return super()._run_epoch(**kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        if self.get_sp_size() == 1:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # `Trainer` looks for `labels`, of which DeepSpeed leaves `shift_labels`, and divides the sum over all ranks by
+        # `sp_size`, as if those that share a sequence held the same tokens
+        batch_samples = [{"labels": batch["shift_labels"], **batch} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device) * self.get_sp_size()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)
@@ -325,6 +298,8 @@ class WITSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         example_lengths = inputs.pop("example_lengths", None)
+        if example_lengths is not None and self.get_sp_size() > 1:
+            raise ValueError(PACKED_MESSAGE)
         try:
             token_weights, completion_mask = inputs.pop("token_weights"), inputs.pop("completion_mask")
         except KeyError as error:
@@ -339,7 +314,15 @@ class WITSFTTrainer(SFTTrainer):
             inputs["output_router_logits"] = True
         if not training:  # score both regions, whatever their weights
             inputs["labels"] = inputs["input_ids"].masked_fill(completion_mask == -100, -100)
-        outputs, nll = weighted_forward(model, inputs, token_weights)
+        try:
+            outputs, nll = weighted_forward(model, inputs, token_weights)
+        except ValueError as error:
+            if "Image features and image tokens do not match" not in str(error) or self.args.max_length is None:
+                raise
+            raise ValueError(
+                f"`max_length={self.args.max_length}` cuts off tokens of an image, but not the image. Raise it, or set "
+                "it to `None`."
+            ) from error
 
         # As in TRL: the divisor counts the tokens of all ranks, over which the gradients are averaged. The auxiliary
         # loss is a mean over the micro-batch.
@@ -350,23 +333,27 @@ class WITSFTTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        if training and self.get_sp_size() > 1 and not is_deepspeed_zero3_enabled():
+            # The logged loss is the mean over all ranks, and so is the gradient in ZeRO-3. In the other stages,
+            # DeepSpeed divides the sum of the gradients by the number of ranks over `sp_size`.
+            loss = loss.detach() + (loss - loss.detach()) / self.get_sp_size()
 
         length = nll.size(1)
-        terms = _loss_terms(
+        terms = loss_terms(
             nll,
             outputs,
             align_with_targets(token_weights, length).to(nll.device),
             align_with_targets(completion_mask, length, fill=-100).to(nll.device),
         )
-        terms = terms[:, length + 1 - token_weights.size(1) :]  # without virtual tokens
         if training:
             num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._train_sums[:_NUM_TERMS] += terms.sum((0, 1)).to(self._train_sums)
+            self._train_sums[:NUM_TERMS] += terms.sum((0, 1)).to(self._train_sums)
             if self.aux_loss_enabled:
                 self._train_sums[-3] += outputs.aux_loss.detach()
             self._train_sums[-2] += 1
             self._train_sums[-1] += num_tokens
         else:
+            terms = terms[:, length + 1 - token_weights.size(1) :]  # without virtual tokens
             self._eval_sums += self._sum_over_ranks(terms, example_lengths)
             if self.aux_loss_enabled:
                 aux_loss = self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item()
@@ -383,7 +370,7 @@ class WITSFTTrainer(SFTTrainer):
             by_example = terms.sum(1)
         else:  # all in one row, without the first token, which nothing predicts
             example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
-            by_example = terms.new_zeros(len(example_lengths), _NUM_TERMS)
+            by_example = terms.new_zeros(len(example_lengths), NUM_TERMS)
             by_example.index_add_(0, example, terms[0, : len(example)])
         return self.accelerator.gather_for_metrics(by_example).cpu().double().sum(0)
 
@@ -393,7 +380,7 @@ class WITSFTTrainer(SFTTrainer):
             self._train_sums[:-1].zero_()
             if micro_batches:
                 self._total_train_tokens = int(num_tokens) // self._tp_size
-                logs.update({"num_tokens": self._total_train_tokens, **_token_metrics(terms), **_region_losses(terms)})
+                logs.update({"num_tokens": self._total_train_tokens, **token_metrics(terms), **region_losses(terms)})
                 if self.aux_loss_enabled:
                     logs["aux_loss"] = aux_loss / micro_batches
         super().log(logs, start_time)
@@ -410,10 +397,10 @@ class WITSFTTrainer(SFTTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         *_, weighted_sum, count, _, _ = terms = self._eval_sums.tolist()
         # `Trainer` averages the losses of the batches, which is no mean over tokens
-        losses = {"loss": weighted_sum / max(count, 1), **_region_losses(terms)}
+        losses = {"loss": weighted_sum / max(count, 1), **region_losses(terms)}
         output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in losses.items()})
         num_tokens = int(self.accelerator.reduce(self._train_sums)[-1]) // self._tp_size
-        for name, value in {"num_tokens": num_tokens, **_token_metrics(terms)}.items():
+        for name, value in {"num_tokens": num_tokens, **token_metrics(terms)}.items():
             self._metrics["eval"][name] = [value]  # which TRL logs with its prefix
         return output
 
@@ -427,36 +414,3 @@ def _last_complete_checkpoint(output_dir: str) -> str | None:
         except (OSError, ValueError):
             logger.warning(f"{folder} is incomplete, because its saving was cut off. Looking for an earlier one.")
     return None
-
-
-def _loss_terms(
-    nll: torch.Tensor, outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor
-) -> torch.Tensor:
-    """
-    Returns, for each token, its negative log-likelihood and 1 if it is a scored prompt token, the same if it is a
-    scored completion token, and if its weight is not zero its weighted negative log-likelihood, 1, the entropy, and
-    whether it is the most likely token. All arguments are `(B, T)`, the result is `(B, T, 8)` in float32.
-    """
-    nll, entropy = nll.float(), outputs.entropy.detach().float()
-    prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
-    weighted = weights != 0
-    by_region = (nll * prompt, prompt, nll * completion, completion)
-    by_weight = (nll * weights, weighted, entropy * weighted, outputs.is_top1 & weighted)
-    return torch.stack(by_region + by_weight, dim=-1)
-
-
-def _token_metrics(terms: list[float]) -> dict[str, float]:
-    """Returns the metrics that TRL logs for the tokens it trains, from sums of `_loss_terms`."""
-    *_, count, entropy, correct = terms
-    return {"entropy": entropy / max(count, 1), "mean_token_accuracy": correct / max(count, 1)}
-
-
-def _region_losses(sums: list[float]) -> dict[str, float]:
-    """Returns the mean negative log-likelihood of each region that has tokens, from sums of `_loss_terms`."""
-    prompt_sum, prompt_count, completion_sum, completion_count, *_ = sums
-    losses = {}
-    if prompt_count:
-        losses["prompt_loss"] = prompt_sum / prompt_count
-    if completion_count:
-        losses["completion_loss"] = completion_sum / completion_count
-    return losses

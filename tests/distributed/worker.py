@@ -4,6 +4,7 @@ Trains tiny models and saves what the tests compare. The same code runs on one p
     accelerate launch --config_file ... tests/distributed/worker.py FOLDER [RUN:]SCENARIO...
 """
 
+import functools
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
 
@@ -38,9 +40,20 @@ SCENARIOS = {
     "padding_free": ((0.2, 0.8), "untied", {"padding_free": True}, None),
     # The auxiliary loss is a mean over a micro-batch, so it depends on how the work is split, as in TRL
     "experts": ((0.2, 0.8), "experts", {"router_aux_loss_coef": 0.0}, None),
-    "lora": ((0.2, 0.8), "untied", {}, LORA),
+    "epochs": (
+        (0.2, 0.8),
+        "untied",
+        {"max_steps": -1, "num_train_epochs": 2, "train_sampling_strategy": "random"},
+        None,
+    ),
+    # With Adam's default, one of its parameters moves by the rounding of a gradient near 0
+    "lora": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-6}, LORA),
     "lora_completion_only": ((0.0, 1.0), "tied", {}, LORA),
 }
+# Set by the launcher: the number of ranks that share a sequence
+SEQUENCE_PARALLEL_SIZE = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", 1))
+# With batches of two, eight sequences in every step
+ACCUMULATION = 4 * SEQUENCE_PARALLEL_SIZE // int(os.environ.get("WORLD_SIZE", 1))
 
 
 def make_model(kind):
@@ -52,6 +65,7 @@ def make_model(kind):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
+        "head_dim": 8,  # which DeepSpeed's sequence parallelism does not work out where it is `None`
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": 1,
@@ -97,6 +111,8 @@ def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arg
         "gradient_checkpointing": False,
         "use_cpu": True,
     }
+    if SEQUENCE_PARALLEL_SIZE > 1:
+        config["pad_to_multiple_of"] = 36  # more than any row: gloo gathers batches of one length only
     return WITSFTTrainer(
         make_model(kind),
         WITSFTConfig(**{**config, **scenario_arguments, **arguments}),
@@ -143,12 +159,12 @@ class Killer(TrainerCallback):
 
 
 def run_killed(folder, scenario):
-    make_trainer(folder, scenario, 2, 2, callbacks=[Killer()]).train()
+    make_trainer(folder, scenario, 2, ACCUMULATION, callbacks=[Killer()]).train()
 
 
 def run_killed_while_saving(folder, scenario):
     """Ends the process in the middle of the second checkpoint, after the model and the optimizer were written."""
-    trainer = make_trainer(folder, scenario, 2, 2)
+    trainer = make_trainer(folder, scenario, 2, ACCUMULATION)
     save_rng_state = trainer._save_rng_state
 
     def save_or_die(output_dir):
@@ -161,7 +177,7 @@ def run_killed_while_saving(folder, scenario):
 
 
 def run_resumed(folder, scenario, checkpoint=True):
-    trainer = make_trainer(folder, scenario, 2, 2)
+    trainer = make_trainer(folder, scenario, 2, ACCUMULATION)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{scenario}-resumed"))
     write_results(trainer, folder / f"{scenario}-resumed")
@@ -178,15 +194,29 @@ RUNS = {
     "resume_from_first": run_resumed_from_the_first_checkpoint,
 }
 
+
+def prepare_sequence_parallelism():
+    """What accelerate does on GPUs, and DeepSpeed only once in a process, but here one trainer follows another."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    deepspeed.init_distributed("gloo")
+    parallel_state_sp.initialize_sequence_parallel = functools.cache(parallel_state_sp.initialize_sequence_parallel)
+
+
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         from tests.distributed import fsdp_on_cpu  # noqa: F401
     output, *names = sys.argv[1:]
+    if SEQUENCE_PARALLEL_SIZE > 1:
+        prepare_sequence_parallelism()
     for name in names:
         kind, _, scenario = name.rpartition(":")
         if kind:
             RUNS[kind](Path(output), scenario)
         else:
-            run(Path(output), scenario, 2, 2)
+            run(Path(output), scenario, 2, ACCUMULATION)
+        if SEQUENCE_PARALLEL_SIZE > 1:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what replaced transformers' own
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

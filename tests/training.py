@@ -1,0 +1,39 @@
+"""A trainer on a tiny model, and a recorder of what it does."""
+
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from wit_trl import WITSFTConfig, WITSFTTrainer
+
+
+WEIGHTS = (0.2, 0.8)
+
+
+class StepRecorder(TrainerCallback):
+    """Keeps the gradients of every optimizer step, of the parameters that have one, and the logs of every step."""
+
+    def __init__(self):
+        self.gradients, self.logs = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.logs.append(dict(logs))
+
+
+def make_trainer(make_model, tokenizer, rows, config_kwargs, weights=WEIGHTS, model=None, **kwargs):
+    prompt_loss_weight, completion_loss_weight = weights
+    kwargs.setdefault("train_dataset", Dataset.from_list(rows))
+    return WITSFTTrainer(
+        model=model or make_model(),
+        args=WITSFTConfig(
+            prompt_loss_weight=prompt_loss_weight,
+            completion_loss_weight=completion_loss_weight,
+            train_sampling_strategy="sequential",
+            **config_kwargs,
+        ),
+        processing_class=tokenizer,
+        **kwargs,
+    )

@@ -1,0 +1,145 @@
+"""The command line: `wit-trl inspect`."""
+
+import argparse
+import functools
+import importlib.util
+import io
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets.exceptions import DatasetsError
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, PreTrainedModel
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from yaml import YAMLError
+
+from .config import WITSFTConfig
+from .inspection import html_page, lengths_by_region, plot_lengths, show_page
+from .script_utils import embedded_config, load_data, parse_arguments, select_splits, train_embedded_tokenizer
+from .stdlib_functions import load_stdlib_functions
+from .trainer import WITSFTTrainer
+
+
+@dataclass
+class InspectionArguments:
+    """
+    Arguments of `wit-trl inspect` besides those of the training.
+
+    Args:
+        rows (`int`, *optional*, defaults to `3`):
+            Number of rows to show.
+        html (`str`, *optional*):
+            File to write the page to, for a browser. A file of this name is overwritten.
+        histogram (`str`, *optional*):
+            PNG file to write the histogram of prompt and completion lengths to. Defaults to the name of the page with
+            the suffix `.png`.
+    """
+
+    rows: int = field(default=3, metadata={"help": "Number of rows to show."})
+    html: str | None = field(default=None, metadata={"help": "File to write the page to, for a browser."})
+    histogram: str | None = field(
+        default=None,
+        metadata={"help": "PNG file for the histogram of lengths. Defaults to that of --html with the suffix .png."},
+    )
+
+    def __post_init__(self):
+        if self.rows < 0:
+            raise ValueError(f"--rows is {self.rows}, but it must not be negative.")
+        if self.html is not None and self.histogram is None:
+            self.histogram = str(Path(self.html).with_suffix(".png"))
+        if self.histogram is None:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("The histogram needs matplotlib. Install it with `pip install matplotlib`.")
+        if self.histogram == self.html:
+            raise ValueError(f"--html and --histogram are both {self.html}. Give the page another name, such as .html.")
+        for file in filter(None, (self.html, self.histogram)):
+            if not Path(file).parent.is_dir():
+                raise ValueError(f"Cannot write {file}: there is no folder {Path(file).parent}. Create it first.")
+
+
+@dataclass
+class _DataConfig(WITSFTConfig):
+    """The arguments of a training whose model and output do not matter, on a machine that may have no device for it."""
+
+    place_model_on_device = False  # it has no weights
+    should_save = False  # creates no `output_dir`
+
+    def __post_init__(self):
+        self.use_cpu, self.bf16, self.fp16, self.tf32 = True, False, False, None
+        self.deepspeed = self.fsdp = self.fsdp_config = self.parallelism_config = None
+        self.eval_strategy, self.eval_on_start, self.load_best_model_at_end = "no", False, False
+        self.lr_scheduler_type = "constant"  # others may need an evaluation
+        self.report_to, self.push_to_hub = "none", False
+        self.max_steps = 1  # which a stream has to have
+        super().__post_init__()
+
+
+def _empty_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """Returns the model without its weights, on which the data does not depend."""
+    config = AutoConfig.from_pretrained(name, **kwargs)
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if architecture is None:  # its code is in the repository of the model
+            return AutoModelForCausalLM.from_config(config, **kwargs)
+        return architecture(config)
+
+
+def build_trainer(
+    script_args: ScriptArguments, args: WITSFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+) -> WITSFTTrainer:
+    """Returns the trainer with its prepared training set and a model without weights."""
+    name = model_args.model_name_or_path
+    if name is None:
+        dataset = load_stdlib_functions()
+        processing_class = train_embedded_tokenizer(dataset)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(embedded_config(processing_class))
+    else:
+        dataset = load_data(script_args, dataset_args)
+        kwargs = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+        model = _empty_model(name, **kwargs)
+        processing_class = AutoProcessor.from_pretrained(name, **kwargs)
+    # A chat template that is cloned from a model may add tokens, whose means need weights
+    model.resize_token_embeddings = functools.partial(model.resize_token_embeddings, mean_resizing=False)
+    split = script_args.dataset_train_split
+    train_dataset = select_splits(dataset, [split], processing_class, args)[split]
+    return WITSFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class)
+
+
+def inspect(args: list[str]) -> None:
+    """Shows what the weights do to the training set. `args` are the arguments after `wit-trl inspect`."""
+    types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
+    inspection, *training = parse_arguments(types, args)
+    trainer = build_trainer(*training)
+    if trainer._whole_train_rows is None:
+        raise ValueError(
+            "Only data that the trainer prepares can be shown: no data set that is packed already, none with images."
+        )
+    if inspection.histogram is not None:
+        lengths = lengths_by_region(trainer._whole_train_rows)
+        histogram = plot_lengths(*lengths)
+        Path(inspection.histogram).write_bytes(histogram)
+    if inspection.html is not None:
+        Path(inspection.html).write_text(html_page(trainer, inspection.rows, histogram), encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot encode
+    show_page(Console(), trainer, inspection.rows)
+    for file in filter(None, (inspection.html, inspection.histogram)):
+        print(f"Written: {file}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="wit-trl", description="Weighted Instruction Tuning for TRL.")
+    parser.add_argument("command", choices=["inspect"], help="show tokens and their weights as the trainer sees them")
+    parser.parse_args(sys.argv[1:2])
+    try:
+        inspect(sys.argv[2:])
+    except DatasetsError as error:
+        sys.exit(f"error: {error}: {error.__cause__}")
+    except (ImportError, OSError, ValueError, YAMLError) as error:
+        sys.exit(f"error: {error}")

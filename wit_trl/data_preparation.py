@@ -1,0 +1,307 @@
+"""From rows of any type that TRL knows to tokens, each with a region and a weight."""
+
+import copy
+import functools
+import importlib.metadata
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import pack_dataset
+from trl.chat_template_utils import has_generation_markers
+from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
+from trl.trainer.utils import global_then_local_main_first
+
+from .config import WITSFTConfig
+from .conversation import Conversation, check_messages, chosen_chat_template, training_chat_template
+from .data_collator import REGION_COLUMNS, token_regions, token_weights
+
+
+logger = get_logger(__name__)
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class DataPreparation:
+    """
+    The steps that TRL's preparation of a data set lacks: what the trainer does before TRL tokenizes, and after.
+
+    Every error names the row. None of the steps depends on the weights of the regions but the last, so that the cache
+    of a prepared data set serves all of them.
+
+    Args:
+        args ([`WITSFTConfig`]):
+            Arguments of the training.
+        packing (`bool`):
+            Whether the rows are to be packed.
+        dataset_name (`str`):
+            What messages call the data set.
+    """
+
+    def __init__(self, args: WITSFTConfig, packing: bool, dataset_name: str):
+        self.args, self.packing, self.dataset_name = args, packing, dataset_name
+
+    def first_row(self, dataset: Dataset | IterableDataset) -> dict[str, Any]:
+        """Returns the first row. Raises `ValueError` if there is none, or if rows are read through a transform."""
+        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+            raise ValueError(
+                f"The {self.dataset_name} dataset has a transform (`with_transform`), through which it cannot be "
+                "prepared. Apply it with `map`; or return tokenized rows from it and pass "
+                "`dataset_kwargs={'skip_prepare_dataset': True}`."
+            )
+        example = next(iter(dataset), None)
+        if example is None:
+            raise ValueError(f"The {self.dataset_name} dataset is empty. Check the file, the split and any filter.")
+        return example
+
+    def check_rows(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        prompt_template: str | None,
+    ) -> Dataset | IterableDataset:
+        """
+        Checks every row of a data set that is not tokenized. Conversations get `"turn_weights"`, the weight of each
+        token's message, if messages have one, and `messages` are tokenized here: TRL cannot find the assistant's turns
+        on a template that neither marks them nor is one of those it knows. `prompt_template` is what TRL renders
+        prompts and completions with, if it is not the own template.
+        """
+        if "conversations" in get_dataset_column_names(dataset):
+            dataset = self.map_rows(dataset, _to_chatml, "Converting to ChatML", remove_columns="conversations")
+        example = self.first_row(dataset)
+        columns = set(example)
+        if not {"image", "images"}.isdisjoint(columns):
+            raise ValueError(
+                f"The {self.dataset_name} dataset has images, which the train dataset has not, so they would be "
+                "ignored. Remove the column, or evaluate with images apart."
+            )
+        if "token_weights" in columns:
+            raise ValueError(
+                f"The {self.dataset_name} dataset has `token_weights` but no `input_ids` that they could belong to. "
+                "Tokenize it, or weigh rows or messages with `weight`."
+            )
+        function: Callable[..., dict[str, Any]]
+        if {"prompt", "completion"} <= columns:
+            if self.args.dataset_text_field in columns:  # TRL would give it the EOS token instead of the completion
+                dataset = dataset.remove_columns(self.args.dataset_text_field)
+            if isinstance(example["prompt"], list):
+                function = functools.partial(
+                    _check_prompt_completion, processing_class=processing_class, chat_template=prompt_template
+                )
+            else:
+                function = functools.partial(_check_texts, columns=["prompt", "completion"])
+        elif "messages" in columns:
+            function = functools.partial(
+                _tokenize_messages,
+                processing_class=processing_class,
+                chat_template=chosen_chat_template(processing_class),
+                tool_template=training_chat_template(processing_class, tools=True),
+            )
+        elif self.args.dataset_text_field in columns:
+            self.warn_of_no_prompt()
+            if "prompt" in columns:  # in which TRL would look for a completion
+                dataset = dataset.remove_columns("prompt")
+            function = functools.partial(_check_texts, columns=[self.args.dataset_text_field])
+        else:
+            raise ValueError(
+                f"The {self.dataset_name} dataset has the columns {sorted(columns)}, but needs `prompt` and "
+                f"`completion`, `messages`, `conversations`, `{self.args.dataset_text_field}` or `input_ids`. Rename "
+                "its columns, convert Alpaca, Dolly or WIT data with `wit_trl.to_trl_format`, or make text of them "
+                "with `formatting_func`."
+            )
+        return self.map_rows(dataset, function, "Checking rows")
+
+    def warn_of_no_prompt(self) -> None:
+        logger.warning_once(
+            "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no effect. "
+            "Pass prompt/completion or `messages` columns to use both weights."
+        )
+
+    def find_regions(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
+        `"token_weights"`."""
+        columns = get_dataset_column_names(dataset)
+        if not {*REGION_COLUMNS[:3]} & {*columns}:
+            logger.warning_once(
+                "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
+                "completion and `prompt_loss_weight` has no effect."
+            )
+        used = {*REGION_COLUMNS, "turn_weights", "weight"} - {"completion_mask"}
+        return self.map_rows(dataset, _find_regions, "Finding completions", remove_columns=sorted(used & {*columns}))
+
+    def fit_to_length(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Packs or truncates rows to `max_length` as TRL does, with all that belongs to each token."""
+        args = self.args
+        columns = ["input_ids", "completion_mask", "token_weights"]
+        if self.packing:
+            if args.max_length is None:
+                raise ValueError("Packing needs a `max_length`, the length of a packed row.")
+            dataset = dataset.select_columns(columns)
+            with global_then_local_main_first():
+                if args.shuffle_dataset:
+                    dataset = dataset.shuffle(seed=args.seed)
+                map_kwargs = self._map_kwargs(dataset, "Packing")
+                return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
+        if args.max_length is None:
+            return dataset
+        windows = {"keep_start": slice(args.max_length), "keep_end": slice(-args.max_length, None)}
+        if args.truncation_mode not in windows:
+            raise ValueError(f"`truncation_mode` is {args.truncation_mode!r}, but must be one of {list(windows)}.")
+        kept = windows[args.truncation_mode]
+        return self.map_rows(dataset, functools.partial(_truncate, columns=columns, kept=kept), "Truncating")
+
+    def drop_rows_without_target(
+        self, dataset: Dataset | IterableDataset, whole_rows: Dataset | IterableDataset
+    ) -> Dataset | IterableDataset:
+        """
+        Drops the rows in which every token weighs 0, where TRL drops fully masked ones: after truncation, but not after
+        packing. Raises `ValueError` if no row has a target.
+        """
+        args = self.args
+        weights = (args.prompt_loss_weight, args.completion_loss_weight)
+
+        def has_target(regions, token_weights):
+            return any(
+                weights[region] != 0 and weight != 0
+                for region, weight in zip(regions[1:], token_weights[1:], strict=True)
+                if region != -100
+            )
+
+        columns = ["completion_mask", "token_weights"]
+        kept = dataset
+        if args.max_length is not None and not args.packing:
+            desc = self._map_kwargs(dataset, "Dropping rows without target")
+            with global_then_local_main_first():
+                kept = dataset.filter(has_target, input_columns=columns, **desc)
+        if not any(has_target(*(row[name] for name in columns)) for row in kept):
+            had_target = [has_target(*(row[name] for name in columns)) for row in whole_rows]
+            raise ValueError(
+                f"No row of the {self.dataset_name} dataset has a token left to train on. The weights of prompt and "
+                f"completion are {weights}, and {sum(had_target)} of {len(had_target)} rows were lost to `max_length="
+                f"{args.max_length}`. Raise `max_length`, give the other region a weight, or look for weights of 0 in "
+                "the data."
+            )
+        if isinstance(kept, Dataset) and len(kept) < len(dataset):
+            logger.warning(
+                f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of the {self.dataset_name} dataset: they "
+                f"have no token of non-zero weight, or none within `max_length={args.max_length}`."
+            )
+        return kept
+
+    def _map_kwargs(self, dataset: Dataset | IterableDataset, desc: str) -> dict[str, Any]:
+        if isinstance(dataset, IterableDataset):  # takes neither
+            return {}
+        return {"num_proc": self.args.dataset_num_proc, "desc": f"{desc} of {self.dataset_name} dataset"}
+
+    def map_rows(
+        self, dataset: Dataset | IterableDataset, function: Callable[..., dict[str, Any]], desc: str, **kwargs: Any
+    ) -> Dataset | IterableDataset:
+        """Maps each row to what the function adds to it, with the number of the row in its errors."""
+        # `Dataset.map` writes the rows anew unless it gets None, which `IterableDataset.map` does not take
+        unchanged: dict[str, Any] | None = None if isinstance(dataset, Dataset) else {}
+
+        def call(example, index, dataset_name, prepared_by):
+            try:
+                return function(example) or unchanged
+            except ValueError as error:
+                raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}") from error
+
+        # A cache of another version would not have what this one finds
+        fn_kwargs = {"dataset_name": self.dataset_name, "prepared_by": importlib.metadata.version("wit_trl")}
+        map_kwargs = {"with_indices": True, "fn_kwargs": fn_kwargs, **self._map_kwargs(dataset, desc), **kwargs}
+        with global_then_local_main_first():
+            return dataset.map(call, **map_kwargs)
+
+
+def checked_formatting(formatting_func: Callable[[dict], str]) -> Callable[[dict], str]:
+    """Returns a `formatting_func` that raises `ValueError` where the user's returns no text."""
+
+    def format_row(example: dict[str, Any]) -> str:
+        text = formatting_func(example)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(example)}."
+            )
+        return text
+
+    return format_row
+
+
+def _to_chatml(example: dict[str, Any]) -> dict[str, Any]:
+    """ShareGPT calls the user `human` and the assistant `gpt`, which chat templates do not know."""
+    turns = example.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"`conversations` must be a list of turns, but is {turns!r}.")
+    messages = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
+    check_messages(messages, "conversations")
+    return {"messages": [{**m, "role": _SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]}
+
+
+def _tokenize_messages(
+    example: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    chat_template: str,
+    tool_template: str | None,
+) -> dict[str, Any]:
+    if example.get("tools") and tool_template is not None:
+        chat_template = tool_template
+    messages = check_messages(example.get("messages"), "messages")
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise ValueError(
+            f"the conversation has no assistant turn, so it has no completion. Its roles are {roles}. Name the one "
+            "that answers `assistant`, or remove such rows."
+        )
+    conversation = Conversation(messages, processing_class, chat_template, example)
+    if has_generation_markers(chat_template):
+        tokens = conversation.tokenize(return_assistant_tokens_mask=True)
+        masks = tokens["assistant_masks"]
+    else:
+        tokens = conversation.tokenize()
+        masks = conversation.assistant_masks(tokens["input_ids"])
+    if 1 not in masks:
+        raise ValueError(
+            "the chat template marks no token of the assistant's turns. Check where its `{% generation %}` stands."
+        )
+    input_ids = tokens["input_ids"]
+    return {"input_ids": input_ids, "assistant_masks": masks, "turn_weights": conversation.turn_weights(input_ids)}
+
+
+def _check_prompt_completion(
+    example: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    chat_template: str | None,
+) -> dict[str, Any]:
+    prompt, completion = (check_messages(example.get(name), name) for name in ("prompt", "completion"))
+    conversation = Conversation(prompt + completion, processing_class, chat_template, example)
+    conversation.check_prompt(prompt)
+    return {"turn_weights": conversation.turn_weights()}
+
+
+def _check_texts(example: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    for column in columns:
+        if not isinstance(example.get(column), str):
+            raise ValueError(
+                f"`{column}` must be a text, but is {example.get(column)!r}. Fill it in or remove the row."
+            )
+    return {}
+
+
+def _find_regions(example: dict[str, Any]) -> dict[str, Any]:
+    regions, weights = token_regions(example), token_weights(example)
+    if len(turn_weights := example.get("turn_weights", ())):
+        if len(turn_weights) != len(weights):
+            raise ValueError(
+                "the messages have weights, but the tokens of the whole conversation are not those of prompt and "
+                "completion. Pass the conversation as `messages`."
+            )
+        weights *= torch.as_tensor(turn_weights)
+    return {"completion_mask": regions, "token_weights": weights.numpy()}
+
+
+def _truncate(example: dict[str, Any], columns: list[str], kept: slice) -> dict[str, Any]:
+    return {name: example[name][kept] for name in columns}

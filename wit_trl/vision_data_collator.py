@@ -1,0 +1,218 @@
+import functools
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers.utils import logging
+from trl.chat_template_utils import has_generation_markers
+from trl.data_utils import is_conversational, prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from .conversation import Conversation, check_messages, chosen_chat_template
+from .data_collator import check_weight, set_targets
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
+    """
+    Data collator for examples with images that gives every token its weight as a prediction target.
+
+    Renders, tokenizes, processes the images, pads and truncates as TRL's
+    [`~trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`] does, for the same examples: `"messages"`,
+    `"prompt"` and `"completion"` (text or messages), or `"text"`, with `"images"` or `"image"`. An example may have no
+    image. The completion is what TRL would train on with `completion_only_loss` or `assistant_only_loss`, which are set
+    by the examples here; all of a `"text"` is completion. Messages are rendered with TRL's training template where the
+    processor's own has no `{% generation %}` marks; where TRL has none, the assistant's turns are found by rendering
+    the conversation up to each of them, which processes the images again.
+
+    Next to the keys of TRL, the batch holds `"completion_mask"`, `"token_weights"` and `"labels"` as in
+    [`DataCollatorForWIT`]. The tokens that stand for an image (its placeholders, and the special tokens that the
+    processor puts around or between them) are never a target: their `"completion_mask"` is -100.
+
+    The data may bring weights of its own, which multiply those of the regions: a `"weight"` of the example, and a
+    `"weight"` of a message. What is missing or `None` weighs 1. A turn of weight 0 is in neither sum of the loss.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]):
+            The processor used to tokenize text and process images.
+        max_length (`int`, *optional*):
+            Maximum sequence length. Longer sequences are truncated.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad the length to a multiple of this value.
+        dataset_text_field (`str`, *optional*, defaults to `"text"`):
+            Name of the column that holds plain text.
+        chat_template (`str`, *optional*):
+            Chat template used to render `"messages"`. Defaults to the one to train with, as described above.
+        prompt_loss_weight (`float`, *optional*, defaults to `0.2`):
+            Weight of a prompt token.
+        completion_loss_weight (`float`, *optional*, defaults to `0.8`):
+            Weight of a completion token.
+
+    Raises:
+        `ValueError`: a column is missing or `None`; a conversation is empty, or has no assistant turn or a message
+        without role or content; a weight of the data is not a finite number of at least 0.
+
+    Example:
+    ```python
+    >>> from datasets import load_dataset
+    >>> from transformers import AutoProcessor
+    >>> from wit_trl import DataCollatorForVisionLanguageWIT
+
+    >>> processor = AutoProcessor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
+    >>> dataset = load_dataset("trl-lib/llava-instruct-mix", split="train")
+    >>> collator = DataCollatorForVisionLanguageWIT(processor, prompt_loss_weight=0.2, completion_loss_weight=0.8)
+    >>> batch = collator([dataset[0], dataset[1]])
+    ```
+    """
+
+    prompt_loss_weight: float = 0.2
+    completion_loss_weight: float = 0.8
+
+    def check_row(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Raises `ValueError` for what is wrong in an example but for its images, and adds nothing to it."""
+        check_weight(_complete_row(example, self._columns(example)).get("weight"), "`weight`")
+        return {}
+
+    def _columns(self, example: dict[str, Any]) -> list[str]:
+        if "messages" in example:
+            return ["messages"]
+        if self.dataset_text_field in example and "completion" not in example:
+            return [self.dataset_text_field]
+        return ["prompt", "completion"]
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        columns = self._columns(examples[0])
+        if columns == ["prompt", "completion"]:  # where TRL would take a text
+            examples = [{k: v for k, v in row.items() if k != self.dataset_text_field} for row in examples]
+        mark_turns = columns == ["messages"] and not has_generation_markers(self._training_template)
+        self.completion_only_loss = columns == ["prompt", "completion"]
+        self.assistant_only_loss = columns == ["messages"] and not mark_turns
+        if columns == ["messages"]:
+            self.chat_template = self._training_template
+        elif columns == [self.dataset_text_field]:
+            logger.warning_once(
+                "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no "
+                "effect. Pass prompt/completion or `messages` columns to use both weights."
+            )
+        rows, row_weights, conversations = [], [], []
+        for position, example in enumerate(examples):
+            with _naming(position, example, columns):
+                row = _complete_row(example, columns)
+                rows.append(row)
+                row_weights.append(check_weight(row.get("weight"), "`weight`"))
+                conversation = self._conversation(row, columns) if is_conversational(row) else None
+                if conversation is not None and self.completion_only_loss:
+                    conversation.check_prompt(conversation.messages[: len(row["prompt"])])
+                conversations.append(conversation)
+        with self._image_texts() as image_texts:
+            batch = super().torch_call([{**row} for row in rows])  # it changes what it gets
+
+        region = (batch["labels"] != -100).long()
+        data_weights = torch.tensor(row_weights)[:, None].repeat(1, region.size(1))
+        for position, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
+            if conversation is None:
+                continue
+            with _naming(position, row, columns):
+                length = int(batch["attention_mask"][position].sum())  # the padding is on the right
+                input_ids = batch["input_ids"][position, :length].tolist()
+                if mark_turns:
+                    region[position, :length] = torch.tensor(conversation.assistant_masks(input_ids))
+                turn_weights = conversation.turn_weights(input_ids)
+                if len(turn_weights):
+                    data_weights[position, :length] *= torch.from_numpy(turn_weights)
+                if len({message.get("weight") for message in row.get("completion", ())}) > 1:
+                    _check_same_tokens(conversation, input_ids)
+                if columns == ["messages"] and length != self.max_length and not region[position].any():
+                    raise ValueError(
+                        "the chat template marks no token of the assistant's turns. Put `{% generation %}` around "
+                        "what it renders for them, or remove these marks from the template."
+                    )
+
+        region[batch["attention_mask"] == 0] = -100
+        region[torch.isin(batch["input_ids"], self._placeholder_ids(image_texts))] = -100
+        region[:, 0] = -100
+        set_targets(batch, region, data_weights, self.prompt_loss_weight, self.completion_loss_weight)
+        return batch
+
+    @functools.cached_property
+    def _training_template(self) -> str:
+        return self.chat_template or chosen_chat_template(self.processor)
+
+    @contextmanager
+    def _image_texts(self) -> Iterator[set[str]]:
+        """Collects what the processor writes in the place of each image, video and audio."""
+        texts: set[str] = set()
+        replace = self.processor.get_text_with_replacements
+
+        def replace_and_collect(text, *replacements, **named_replacements):
+            texts.update(*replacements, *named_replacements.values())
+            return replace(text, *replacements, **named_replacements)
+
+        with patch.object(self.processor, "get_text_with_replacements", replace_and_collect):
+            yield texts
+
+    def _placeholder_ids(self, image_texts: set[str]) -> torch.Tensor:
+        """
+        The tokens that stand for an image, a video or an audio: those that the processor names, which for some families
+        are only what it replaces, and the added tokens of what it replaces them by, where there may be text as well.
+        """
+        tokenizer = self.processor.tokenizer
+        ids = {tokenizer.convert_tokens_to_ids(str(token)) for token in self.processor.all_special_multimodal_tokens}
+        added = {token for content, token in tokenizer.get_added_vocab().items() if content.strip()}
+        for text in image_texts:
+            ids |= added.intersection(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return torch.tensor(sorted(ids - {None, tokenizer.unk_token_id}), dtype=torch.long)
+
+    def _conversation(self, row: dict[str, Any], columns: list[str]) -> Conversation:
+        """The conversation as TRL's collator renders it: `"messages"` with `chat_template`, else with the own one."""
+        messages = prepare_multimodal_messages(row[columns[0]], images=row["images"])
+        template_kwargs = {"return_tensors": "pt", "processor_kwargs": {"add_special_tokens": False}}
+        if self.completion_only_loss:
+            messages += prepare_multimodal_messages(row["completion"])
+            template_kwargs |= row.get("chat_template_kwargs", {})
+        template = None if self.completion_only_loss else self.chat_template
+        return Conversation(messages, self.processor, template, {"chat_template_kwargs": template_kwargs})
+
+
+@contextmanager
+def _naming(position: int, example: dict[str, Any], columns: list[str]) -> Iterator[None]:
+    """Says which example an error is about, by its position and its beginning: a collator does not know its index."""
+    try:
+        yield
+    except ValueError as error:
+        content = reprlib.repr([example.get(column) for column in columns])
+        raise ValueError(f"Example {position} of the batch, {content}: {error}") from error
+
+
+def _complete_row(example: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    """Returns a copy of an example with a list of `"images"`, in which nothing is missing."""
+    for column in columns:
+        value = example.get(column)
+        if value is None:
+            raise ValueError(
+                f"`{column}` is missing or None. An example with images needs `messages`, `prompt` and `completion`, "
+                "or a text. Add it, or remove such rows."
+            )
+        if isinstance(value, list):
+            roles = [message["role"] for message in check_messages(value, column)]
+            if column != "prompt" and "assistant" not in roles:
+                raise ValueError(f"`{column}` has no assistant turn, so there is no completion. Remove such rows.")
+    row = {**example, "images": example.get("images") or []}
+    if row.pop("image", None) is not None:
+        row["images"] = [example["image"]]
+    return row
+
+
+def _check_same_tokens(conversation: Conversation, input_ids: list[int]) -> None:
+    if [int(token) for token in conversation.tokenize()["input_ids"][: len(input_ids)]] != input_ids:
+        raise ValueError(
+            "the turns of `completion` have different weights, but its tokens are other ones than those of the whole "
+            "conversation, so its turns cannot be found. Pass the conversation as `messages`."
+        )
