@@ -220,3 +220,7 @@ if __name__ == "__main__":
             del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what replaced transformers' own
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # DDP keeps the threads of gloo alive beyond its process group. One that frees a tensor while the interpreter ends
+    # aborts the process, after all work is done (pytorch/pytorch#179291).
+    sys.stdout.flush()
+    os._exit(0)
