@@ -6,6 +6,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes run the tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub; inherited by the processes tests start
 
+import functools
 import inspect
 import socket
 import statistics
@@ -15,9 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ParallelismConfig
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTTrainer
 
 from .reference import tokenize
 
@@ -110,6 +115,24 @@ def config_kwargs(tmp_path):
         "use_cpu": True,
         "disable_tqdm": True,
     }
+
+
+@pytest.fixture
+def in_parallel(monkeypatch):
+    """A function after which trainers are made as if launched with a `ParallelismConfig` and a `DeepSpeedPlugin`."""
+
+    def launch(deepspeed_plugin=None, **sizes):
+        initialise = SFTTrainer.__init__
+
+        @functools.wraps(initialise)
+        def initialise_in_parallel(self, *args, **kwargs):
+            initialise(self, *args, **kwargs)
+            monkeypatch.setattr(Accelerator, "parallelism_config", ParallelismConfig(**sizes))
+            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", deepspeed_plugin)
+
+        monkeypatch.setattr(SFTTrainer, "__init__", initialise_in_parallel)
+
+    return launch
 
 
 @pytest.fixture(scope="session")

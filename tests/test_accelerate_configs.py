@@ -30,7 +30,7 @@ OTHER = {
 
 def test_one_file_for_each_way_to_launch():
     assert {path.stem for path in CONFIGS} == {
-        *("single_device", "multi_gpu", "fsdp", "fsdp1", "fsdp_multi_node", "fsdp_qlora"),
+        *("single_device", "multi_gpu", "fsdp", "fsdp1", "fsdp_multi_node", "fsdp_qlora", "fsdp_context_parallel"),
         *("deepspeed_zero2", "deepspeed_zero3", "deepspeed_ulysses"),
     }
 
@@ -71,9 +71,10 @@ def plugin_state(path, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             plugin = (DeepSpeedPlugin if arguments.use_deepspeed else FullyShardedDataParallelPlugin)()
+        parallelism = repr(vars(ParallelismConfig()))
         if arguments.use_deepspeed:
-            return plugin.deepspeed_config, plugin.zero3_init_flag, repr(vars(ParallelismConfig()))
-        return {key: repr(value) for key, value in vars(plugin).items() if key != "param_init_fn"}
+            return plugin.deepspeed_config, plugin.zero3_init_flag, parallelism
+        return {key: repr(value) for key, value in vars(plugin).items() if key != "param_init_fn"}, parallelism
 
 
 @pytest.mark.parametrize(

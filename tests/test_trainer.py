@@ -1,6 +1,5 @@
 """The training step and the evaluation against the formula, written as plain float64 loops."""
 
-import functools
 import inspect
 import json
 import resource
@@ -9,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator, ParallelismConfig
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from peft import PromptTuningConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,16 +237,6 @@ def test_last_log_covers_the_steps_since_the_one_before(eval_strategy, rows, mak
     assert last["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
 
 
-def test_ranks_that_repeat_a_batch_do_not_count_twice(rows, make_model, tokenizer, config_kwargs, monkeypatch):
-    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
-    batch, divisor = trainer.data_collator(rows[:2]), torch.tensor(50)
-    loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=divisor)
-    monkeypatch.setattr(Accelerator, "num_processes", 8)
-    monkeypatch.setattr(WITSFTTrainer, "get_tp_size", lambda self: 2)
-    repeated = trainer.compute_loss(trainer.model, batch, num_items_in_batch=divisor)
-    assert repeated.item() == pytest.approx(4 * loss.item())
-
-
 def test_inputs_in_16_bits_do_not_round_the_weights(rows, make_model, tokenizer, config_kwargs, monkeypatch):
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
     batch = trainer.data_collator(rows[:2])
@@ -448,63 +436,45 @@ def test_own_collator_weighs_tokens_by_its_own_rule(rows, make_model, tokenizer,
     assert trainer.state.log_history[0]["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-5)
 
 
-@pytest.fixture
-def in_parallel(monkeypatch):
-    """A function after which trainers are made as if launched with a `ParallelismConfig` and a `DeepSpeedPlugin`."""
-
-    def launch(deepspeed_plugin=None, **sizes):
-        initialise = SFTTrainer.__init__
-
-        @functools.wraps(initialise)
-        def initialise_in_parallel(self, *args, **kwargs):
-            initialise(self, *args, **kwargs)
-            monkeypatch.setattr(Accelerator, "parallelism_config", ParallelismConfig(**sizes))
-            monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", deepspeed_plugin)
-
-        monkeypatch.setattr(SFTTrainer, "__init__", initialise_in_parallel)
-
-    return launch
-
-
-def test_context_parallelism_is_refused(in_parallel, rows, make_model, tokenizer, config_kwargs):
-    in_parallel(cp_size=2)
-    with pytest.raises(ValueError, match=r"Context parallelism is not supported.* use DeepSpeed's sequence"):
-        make_trainer(make_model, tokenizer, rows, config_kwargs)
-
-
 @pytest.mark.parametrize(
     "options", [{"packing": True}, {"eval_packing": True}, {"padding_free": True, "max_length": None}]
 )
-def test_packing_under_sequence_parallelism_is_refused(
-    options, in_parallel, rows, make_model, tokenizer, config_kwargs
+@pytest.mark.parametrize("size", ["sp_size", "cp_size"])
+def test_packing_where_sequences_are_split_is_refused(
+    size, options, in_parallel, rows, make_model, tokenizer, config_kwargs
 ):
-    in_parallel(sp_size=2)
+    in_parallel(**{size: 2})
     with pytest.raises(ValueError, match=r"Packing and padding-free batches .* Set `packing`, `eval_packing` and"):
         make_trainer(make_model, tokenizer, rows, config_kwargs | options)
 
 
-def test_packed_evaluation_set_under_sequence_parallelism_is_refused(
-    in_parallel, rows, make_model, tokenizer, config_kwargs
+@pytest.mark.parametrize("size", ["sp_size", "cp_size"])
+def test_packed_evaluation_set_where_sequences_are_split_is_refused(
+    size, in_parallel, rows, make_model, tokenizer, config_kwargs
 ):
-    in_parallel(sp_size=2)
+    in_parallel(**{size: 2})
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
     packed = [{**row, "seq_lengths": [len(row["input_ids"])]} for row in rows]
     with pytest.raises(ValueError, match=r"Packing and padding-free batches .* Set `packing`, `eval_packing` and"):
-        trainer.evaluate(Dataset.from_list(packed))
+        trainer.compute_loss(trainer.model.eval(), trainer.data_collator(packed))
 
 
-def test_tokens_averaged_on_each_rank_under_sequence_parallelism_are_refused(
-    in_parallel, rows, make_model, tokenizer, config_kwargs
+@pytest.mark.parametrize("size", ["sp_size", "cp_size"])
+def test_tokens_averaged_on_each_rank_where_sequences_are_split_are_refused(
+    size, in_parallel, rows, make_model, tokenizer, config_kwargs
 ):
-    in_parallel(sp_size=2)
+    in_parallel(**{size: 2})
     with pytest.raises(ValueError, match=r"`average_tokens_across_devices=False` is not supported .* Set it to True"):
         make_trainer(make_model, tokenizer, rows, config_kwargs | {"average_tokens_across_devices": False})
 
 
-def test_prompt_learning_under_sequence_parallelism_is_refused(in_parallel, rows, make_model, tokenizer, config_kwargs):
-    in_parallel(sp_size=2)
+@pytest.mark.parametrize("size", ["sp_size", "cp_size"])
+def test_prompt_learning_where_sequences_are_split_is_refused(
+    size, in_parallel, rows, make_model, tokenizer, config_kwargs
+):
+    in_parallel(**{size: 2})
     prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match=r"Prompt learning is not supported under sequence parallelism.* Use LoRA"):
+    with pytest.raises(ValueError, match=r"Prompt learning is not supported under sequence or.* Use LoRA"):
         make_trainer(make_model, tokenizer, rows, config_kwargs, peft_config=prompt_tuning)
 
 
@@ -519,12 +489,13 @@ def test_zero3_without_reduce_scatter_under_sequence_parallelism_is_refused(
 
 
 @pytest.mark.parametrize(("asked", "multiple"), [(None, 4), (6, 12)])
+@pytest.mark.parametrize("sizes", [{"sp_size": 4}, {"cp_size": 2}])  # context parallelism gives a rank two parts
 def test_every_rank_of_a_sequence_gets_as_many_tokens(
-    asked, multiple, in_parallel, rows, make_model, tokenizer, config_kwargs
+    sizes, asked, multiple, in_parallel, rows, make_model, tokenizer, config_kwargs
 ):
-    in_parallel(sp_size=4)
+    in_parallel(**sizes)
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | {"pad_to_multiple_of": asked})
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = trainer.data_collator(rows[:2])
     assert {batch[name].size(1) % multiple for name in ("input_ids", "token_weights", "completion_mask")} == {0}
 
 

@@ -338,3 +338,12 @@ def test_first_wrong_example_is_named_before_training(llava, llava_rows, config_
     rows = [{**row, "messages": row["messages"][:1]} for row in llava_rows]
     with pytest.raises(ValueError, match=r"Row 0 of the train dataset: `messages` has no assistant turn"):
         make_trainer("llava", llava, rows, config_kwargs)
+
+
+@pytest.mark.parametrize("size", ["sp_size", "cp_size"])
+def test_images_where_sequences_are_split_are_refused(size, in_parallel, llava, llava_rows, config_kwargs):
+    in_parallel(**{size: 2})
+    with pytest.raises(
+        ValueError, match=r"Data with images is not supported under sequence or context.* Set `sp_size`"
+    ):
+        make_trainer("llava", llava, llava_rows, config_kwargs)

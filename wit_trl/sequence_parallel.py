@@ -1,4 +1,7 @@
-"""What DeepSpeed's sequence parallelism (Ulysses), which splits each sequence over ranks, asks of the trainer."""
+"""
+What splitting each sequence over ranks asks of the trainer: DeepSpeed's sequence parallelism (Ulysses), and the context
+parallelism of torch.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,27 +21,34 @@ if TYPE_CHECKING:
 
 
 PACKED_MESSAGE = (
-    "Packing and padding-free batches are not supported under sequence parallelism: DeepSpeed drops the attention "
+    "Packing and padding-free batches are not supported under sequence or context parallelism: it drops the attention "
     "mask, so documents would attend to each other. Set `packing`, `eval_packing` and `padding_free` to False, or "
-    "`sp_size` to 1."
+    "`sp_size` and `cp_size` to 1."
 )
+# What belongs to targets, and its value where there is none
+_TARGETS = {"token_weights": 0, "completion_mask": -100}
 
 
 def check_sequence_parallelism(
-    args: WITSFTConfig, model: "PreTrainedModel | PeftModel", accelerator: Accelerator
+    args: WITSFTConfig, model: "PreTrainedModel | PeftModel", accelerator: Accelerator, has_images: bool
 ) -> None:
     """Raises `ValueError` for what would be wrong without an error where sequences are split."""
+    if has_images:
+        raise ValueError(
+            "Data with images is not supported under sequence or context parallelism: the tokens of an image would be "
+            "split, but not its pixels. Set `sp_size` and `cp_size` to 1."
+        )
     if args.packing or args.eval_packing or args.padding_free:
         raise ValueError(PACKED_MESSAGE)
     if not args.average_tokens_across_devices:
         raise ValueError(
-            "`average_tokens_across_devices=False` is not supported under sequence parallelism: it would weigh the "
-            "parts of a sequence differently. Set it to True, or `sp_size` to 1."
+            "`average_tokens_across_devices=False` is not supported under sequence or context parallelism: it would "
+            "weigh the parts of a sequence differently. Set it to True, or `sp_size` and `cp_size` to 1."
         )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            "Prompt learning is not supported under sequence parallelism: every part of a sequence would get the "
-            "virtual tokens. Use LoRA, or set `sp_size` to 1."
+            "Prompt learning is not supported under sequence or context parallelism: every part of a sequence would "
+            "get the virtual tokens. Use LoRA, or set `sp_size` and `cp_size` to 1."
         )
     if is_deepspeed_zero3_enabled():
         zero_config = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -49,20 +59,30 @@ def check_sequence_parallelism(
             )
 
 
-def shift_targets(collator: Callable) -> Callable:
+def shift_targets(batch: dict[str, Any]) -> dict[str, Any]:
     """
-    Returns a collator that moves weights and regions to the position that predicts the token, as DeepSpeed moves the
-    labels (`shift_labels`), before it splits the sequences: the target of the last token of a part is in the next.
+    Returns the batch with weights and regions at the position that predicts the token, where labels are moved to
+    (`shift_labels`), before the sequences are split: the target of the last token of a part is in another part.
     """
+    shifted = {
+        name: F.pad(batch[name], (0, 1), value=fill)[:, 1:].contiguous()
+        for name, fill in _TARGETS.items()
+        if name in batch
+    }
+    return {**batch, **shifted}
 
-    def collate(collator: Callable, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collator(examples)
-        for name, fill in (("token_weights", 0), ("completion_mask", -100)):
-            if name in batch:
-                batch[name] = F.pad(batch[name], (0, 1), value=fill)[:, 1:].contiguous()
-        return batch
 
-    return functools.partial(collate, collator)
+def collate_shifted(collator: Callable, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collates examples for DeepSpeed's data loader, which splits the sequences and moves the labels."""
+    return shift_targets(collator(examples))
+
+
+def split_targets(context: functools.partial, batch: dict[str, Any]) -> functools.partial:
+    """Returns the context in which `Trainer` splits the sequences, in place, with weights and regions split as well."""
+    buffers = [*context.keywords["buffers"], *(batch[name] for name in _TARGETS if name in batch)]
+    return functools.partial(
+        context, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
+    )
 
 
 def skip_batches(batches: Iterator, count: int) -> Iterator:

@@ -28,7 +28,14 @@ from .data_preparation import DataPreparation, checked_formatting
 from .inspection import print_summary
 from .lm_head import align_with_targets, dequantize_lm_head, weighted_forward
 from .metrics import NUM_TERMS, loss_terms, region_losses, token_metrics
-from .sequence_parallel import PACKED_MESSAGE, check_sequence_parallelism, shift_targets, skip_batches
+from .sequence_parallel import (
+    PACKED_MESSAGE,
+    check_sequence_parallelism,
+    collate_shifted,
+    shift_targets,
+    skip_batches,
+    split_targets,
+)
 from .vision_data_collator import DataCollatorForVisionLanguageWIT
 
 
@@ -65,8 +72,8 @@ class WITSFTTrainer(SFTTrainer):
 
     Raises:
         `ValueError`: `compute_loss_func` is passed; the data collator does not return `token_weights`; a row cannot be
-        trained on, or no row leaves a token to train on; context parallelism is used; sequence parallelism is used with
-        packing, padding-free batches, prompt learning or `average_tokens_across_devices=False`.
+        trained on, or no row leaves a token to train on; sequence or context parallelism is used with packing,
+        padding-free batches, prompt learning or `average_tokens_across_devices=False`.
 
     Example:
     ```python
@@ -148,21 +155,16 @@ class WITSFTTrainer(SFTTrainer):
 
         super().__init__(**arguments)
 
-        if self.get_cp_size() > 1:
-            raise ValueError(
-                "Context parallelism is not supported: it would split the tokens without their weights. Set `cp_size` "
-                "to 1, and use DeepSpeed's sequence parallelism instead (accelerate_configs/deepspeed_ulysses.yaml)."
-            )
         if collator is None:
             collator_class = DataCollatorForVisionLanguageWIT if self._is_vision_dataset else DataCollatorForWIT
             self.data_collator = collator_class(**vars(self.data_collator), **weights)
             if self._is_vision_dataset:
                 self._check_vision_dataset()
-        if self.get_sp_size() > 1:
-            check_sequence_parallelism(self.args, self.model, self.accelerator)
+        if self._splits_sequences:
+            check_sequence_parallelism(self.args, self.model, self.accelerator, self._is_vision_dataset)
             if isinstance(self.data_collator, DataCollatorForWIT):  # so that all ranks get as many tokens
-                multiple = math.lcm(self.data_collator.pad_to_multiple_of or 1, self.get_sp_size())
-                self.data_collator.pad_to_multiple_of = multiple
+                parts = self.get_sp_size() if self.get_cp_size() == 1 else 2 * self.get_cp_size()
+                self.data_collator.pad_to_multiple_of = math.lcm(self.data_collator.pad_to_multiple_of or 1, parts)
         # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights at the first evaluation, for a kernel that has no
         # gradient: all later training steps would silently lose the gradient through them
         for module in self.model.modules():
@@ -177,6 +179,10 @@ class WITSFTTrainer(SFTTrainer):
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         self._train_sums = torch.zeros(NUM_TERMS + 3, dtype=dtype, device=self.args.device)
         self._eval_sums = torch.zeros(NUM_TERMS, dtype=torch.float64)
+
+    @property
+    def _splits_sequences(self) -> bool:
+        return self.get_sp_size() > 1 or self.get_cp_size() > 1
 
     def _prepare_dataset(
         self,
@@ -266,8 +272,16 @@ class WITSFTTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         if self.get_sp_size() == 1:
             return super().get_train_dataloader()
-        with patch.object(self, "data_collator", shift_targets(self.data_collator)):
+        with patch.object(self, "data_collator", functools.partial(collate_shifted, self.data_collator)):
             return super().get_train_dataloader()
+
+    def _prepare_context_parallel_inputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable, dict[str, Any]]:
+        if self.get_cp_size() == 1:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        context, inputs = super()._prepare_context_parallel_inputs(model, shift_targets(inputs))
+        return split_targets(context, inputs), inputs
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.get_sp_size() == 1:
@@ -298,7 +312,7 @@ class WITSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         example_lengths = inputs.pop("example_lengths", None)
-        if example_lengths is not None and self.get_sp_size() > 1:
+        if example_lengths is not None and self._splits_sequences:
             raise ValueError(PACKED_MESSAGE)
         try:
             token_weights, completion_mask = inputs.pop("token_weights"), inputs.pop("completion_mask")
@@ -365,14 +379,22 @@ class WITSFTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _sum_over_ranks(self, terms: torch.Tensor, example_lengths: torch.Tensor | None) -> torch.Tensor:
-        """Adds up the terms by example, to leave out the examples that only fill up the last batch on several ranks."""
+        """
+        Adds up the terms by example, to leave out what does not count: examples that only fill up the last batch on
+        several ranks, and batches that ranks repeat under tensor and context parallelism.
+        """
         if example_lengths is None:
             by_example = terms.sum(1)
         else:  # all in one row, without the first token, which nothing predicts
             example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
             by_example = terms.new_zeros(len(example_lengths), NUM_TERMS)
             by_example.index_add_(0, example, terms[0, : len(example)])
-        return self.accelerator.gather_for_metrics(by_example).cpu().double().sum(0)
+        # As accelerate's `gather_for_metrics`, which does not know of repeated batches. Their ranks follow each other.
+        repeats, state = self.get_tp_size() * self.get_cp_size(), self.accelerator.gradient_state
+        gathered = self.accelerator.gather(by_example).unflatten(0, (-1, repeats, len(by_example)))[:, 0].flatten(0, 1)
+        if state.end_of_dataloader and state.remainder > 0:
+            gathered = gathered[: state.remainder]
+        return gathered.cpu().double().sum(0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not {"loss", "train_loss"}.isdisjoint(logs):  # a training step or the end of training, on every rank

@@ -21,6 +21,7 @@ from .worker import SCENARIOS, run
 REPOSITORY = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "worker.py"
 SHARED_BY_TWO = ("--parallelism_config_sp_size", "2")
+SPLIT_IN_TWO = ("--parallelism_config_cp_size", "2")
 # name: (file in accelerate_configs, what is changed on the command line)
 ENGINES = {
     "ddp": ("multi_gpu.yaml", ()),
@@ -40,19 +41,25 @@ ENGINES = {
         "deepspeed_ulysses.yaml",
         (*SHARED_BY_TWO, "--num_processes", "4", "--zero_stage", "2", "--zero3_init_flag", "false"),
     ),
+    "context_parallel": ("fsdp_context_parallel.yaml", (*SPLIT_IN_TWO, "--parallelism_config_dp_shard_size", "1")),
+    "context_parallel_pairs": ("fsdp_context_parallel.yaml", (*SPLIT_IN_TWO, "--num_processes", "4")),
+    # The model asks for it, not the launcher
+    "tensor_parallel": ("multi_gpu.yaml", ()),
 }
 
 
-# FSDP1 crashes where it saves from a CPU
-SAVING_ENGINES = [engine for engine in ENGINES if engine != "fsdp1"]
+# FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
+SAVING_ENGINES = [engine for engine in ENGINES if engine not in ("fsdp1", "tensor_parallel")]
 
 
 def can_run(engine, scenario):
-    _, model, arguments, _ = SCENARIOS[scenario]
+    _, model, arguments, peft_config = SCENARIOS[scenario]
     if engine == "fsdp2_head_group":
         return model != "tied"  # torch refuses a tied head in another group than the embeddings
-    if "ulysses" in engine and "padding_free" in arguments:
+    if ("ulysses" in engine or "context_parallel" in engine) and "padding_free" in arguments:
         return False  # refused
+    if engine == "tensor_parallel" and peft_config:
+        return False  # PEFT does not split its adapters of every linear layer as transformers splits the layers
     return engine != "fsdp_multi_node" or scenario == "weighted"
 
 
@@ -101,7 +108,12 @@ def launch(engine, *arguments):
         *changes,
     ]
     machines = [["--machine_rank", 0], ["--machine_rank", 1]] if engine == "fsdp_multi_node" else [[]]
-    return start(*([*command, *machine, WORKER, *arguments] for machine in machines), DS_ACCELERATOR="cpu")
+    tensor_parallel_size = "2" if engine == "tensor_parallel" else "1"
+    return start(
+        *([*command, *machine, WORKER, *arguments] for machine in machines),
+        DS_ACCELERATOR="cpu",
+        TENSOR_PARALLEL_SIZE=tensor_parallel_size,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import ParallelismConfig, is_peft_model
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -51,9 +51,14 @@ SCENARIOS = {
     "lora_completion_only": ((0.0, 1.0), "tied", {}, LORA),
 }
 # Set by the launcher: the number of ranks that share a sequence
-SEQUENCE_PARALLEL_SIZE = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", 1))
+SEQUENCE_PARALLEL_SIZE, CONTEXT_PARALLEL_SIZE = (
+    int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("SP", "CP")
+)
+# Set by the test: the number of ranks that share the model, each of which gets every sequence
+TENSOR_PARALLEL_SIZE = int(os.environ.get("TENSOR_PARALLEL_SIZE", 1))
 # With batches of two, eight sequences in every step
-ACCUMULATION = 4 * SEQUENCE_PARALLEL_SIZE // int(os.environ.get("WORLD_SIZE", 1))
+SHARING = SEQUENCE_PARALLEL_SIZE * CONTEXT_PARALLEL_SIZE * TENSOR_PARALLEL_SIZE
+ACCUMULATION = 4 * SHARING // int(os.environ.get("WORLD_SIZE", 1))
 
 
 def make_model(kind):
@@ -89,6 +94,14 @@ def make_rows(count):
     return rows
 
 
+def split_model(model, folder):
+    """Has every rank load its part of the tensors, which only `from_pretrained` splits."""
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder)
+    torch.distributed.barrier()
+    return type(model).from_pretrained(folder, tp_plan="auto")
+
+
 def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arguments):
     (prompt_loss_weight, completion_loss_weight), kind, scenario_arguments, peft_config = SCENARIOS[scenario]
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
@@ -113,8 +126,11 @@ def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arg
     }
     if SEQUENCE_PARALLEL_SIZE > 1:
         config["pad_to_multiple_of"] = 36  # more than any row: gloo gathers batches of one length only
+    model = make_model(kind)
+    if TENSOR_PARALLEL_SIZE > 1:
+        model = split_model(model, folder / scenario / "base")
     return WITSFTTrainer(
-        make_model(kind),
+        model,
         WITSFTConfig(**{**config, **scenario_arguments, **arguments}),
         train_dataset=Dataset.from_list(make_rows(40)),
         eval_dataset=Dataset.from_list(make_rows(11)),
@@ -126,9 +142,10 @@ def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arg
 
 def run(folder, scenario, batch_size, accumulation):
     """Trains five steps, evaluates, and saves the model and the logs."""
-    # FSDP1 crashes where it saves from a CPU
+    # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
     fsdp1 = os.environ.get("FSDP_VERSION") == "1"
-    trainer = make_trainer(folder, scenario, batch_size, accumulation, **{"save_strategy": "no"} if fsdp1 else {})
+    arguments = {"save_strategy": "no"} if fsdp1 or TENSOR_PARALLEL_SIZE > 1 else {}
+    trainer = make_trainer(folder, scenario, batch_size, accumulation, **arguments)
     trainer.train()
     metrics = trainer.evaluate()
     if fsdp1:
@@ -206,10 +223,13 @@ def prepare_sequence_parallelism():
 
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        from tests.distributed import fsdp_on_cpu  # noqa: F401
+        from tests.distributed import context_parallel_on_cpu, fsdp_on_cpu  # noqa: F401
     output, *names = sys.argv[1:]
     if SEQUENCE_PARALLEL_SIZE > 1:
         prepare_sequence_parallelism()
+    if TENSOR_PARALLEL_SIZE > 1:
+        torch.distributed.init_process_group("gloo")
+        ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # which refuses a CPU
     for name in names:
         kind, _, scenario = name.rpartition(":")
         if kind:
