@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
+from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
@@ -99,7 +100,7 @@ def split_model(model, folder):
     if torch.distributed.get_rank() == 0:
         model.save_pretrained(folder)
     torch.distributed.barrier()
-    return type(model).from_pretrained(folder, tp_plan="auto")
+    return type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=TENSOR_PARALLEL_SIZE))
 
 
 def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arguments):
