@@ -22,11 +22,13 @@ REPOSITORY = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "worker.py"
 SHARED_BY_TWO = ("--parallelism_config_sp_size", "2")
 SPLIT_IN_TWO = ("--parallelism_config_cp_size", "2")
+# A CPU has nothing to load to, so the parameters of FSDP1 are not broadcast
+NO_BROADCAST = ("--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_sync_module_states", "false")
 # name: (file in accelerate_configs, what is changed on the command line)
 ENGINES = {
     "ddp": ("multi_gpu.yaml", ()),
-    # A CPU has nothing to load to, so its parameters are not broadcast
-    "fsdp1": ("fsdp1.yaml", ("--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_sync_module_states", "false")),
+    "fsdp1": ("fsdp1.yaml", NO_BROADCAST),
+    "fsdp_qlora": ("fsdp_qlora.yaml", NO_BROADCAST),
     "fsdp2": ("fsdp.yaml", ()),
     # Every linear layer in a group of its own, also the head
     "fsdp2_head_group": ("fsdp.yaml", ("--fsdp_transformer_layer_cls_to_wrap", "Linear")),
@@ -49,11 +51,13 @@ ENGINES = {
 
 
 # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
-SAVING_ENGINES = [engine for engine in ENGINES if engine not in ("fsdp1", "tensor_parallel")]
+SAVING_ENGINES = [engine for engine in ENGINES if engine not in ("fsdp1", "fsdp_qlora", "tensor_parallel")]
 
 
 def can_run(engine, scenario):
     _, model, arguments, peft_config = SCENARIOS[scenario]
+    if engine in ("fsdp1", "fsdp_qlora"):  # 4-bit weights do not shard with SHARD_GRAD_OP
+        return (model == "quantized") == (engine == "fsdp_qlora")
     if engine == "fsdp2_head_group":
         return model != "tied"  # torch refuses a tied head in another group than the embeddings
     if ("ulysses" in engine or "context_parallel" in engine) and "padding_free" in arguments:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -50,6 +51,7 @@ SCENARIOS = {
     # With Adam's default, one of its parameters moves by the rounding of a gradient near 0
     "lora": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-6}, LORA),
     "lora_completion_only": ((0.0, 1.0), "tied", {}, LORA),
+    "qlora": ((0.2, 0.8), "quantized", {"adam_epsilon": 1e-6}, LORA),
 }
 # Set by the launcher: the number of ranks that share a sequence
 SEQUENCE_PARALLEL_SIZE, CONTEXT_PARALLEL_SIZE = (
@@ -95,12 +97,12 @@ def make_rows(count):
     return rows
 
 
-def split_model(model, folder):
-    """Has every rank load its part of the tensors, which only `from_pretrained` splits."""
-    if torch.distributed.get_rank() == 0:
+def reload(model, folder, args, **arguments):
+    """Returns the model as `from_pretrained` loads it, which alone quantizes a model or splits its tensors."""
+    if args.process_index == 0:
         model.save_pretrained(folder)
-    torch.distributed.barrier()
-    return type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=TENSOR_PARALLEL_SIZE))
+    args.distributed_state.wait_for_everyone()
+    return type(model).from_pretrained(folder, **arguments)
 
 
 def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arguments):
@@ -127,18 +129,31 @@ def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arg
     }
     if SEQUENCE_PARALLEL_SIZE > 1:
         config["pad_to_multiple_of"] = 36  # more than any row: gloo gathers batches of one length only
+    args = WITSFTConfig(**{**config, **scenario_arguments, **arguments})
     model = make_model(kind)
+    base = folder / scenario / "base"
     if TENSOR_PARALLEL_SIZE > 1:
-        model = split_model(model, folder / scenario / "base")
-    return WITSFTTrainer(
+        model = reload(model, base, args, distributed_config=DistributedConfig(tp_size=TENSOR_PARALLEL_SIZE))
+    if kind == "quantized":
+        # Packed in the dtype of the other weights, with which FSDP2 shards them
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
+        )
+        model = reload(model, base, args, quantization_config=quantization)
+    trainer = WITSFTTrainer(
         model,
-        WITSFTConfig(**{**config, **scenario_arguments, **arguments}),
+        args,
         train_dataset=Dataset.from_list(make_rows(40)),
         eval_dataset=Dataset.from_list(make_rows(11)),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
         peft_config=peft_config,
         callbacks=list(callbacks),
     )
+    if kind == "quantized":  # TRL trains the adapters of a quantized model in bfloat16, which would hide a difference
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
 
 
 def run(folder, scenario, batch_size, accumulation):
