@@ -1,12 +1,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
@@ -81,24 +82,39 @@ def weighted_forward(
 @contextmanager
 def _gathered_lm_head(model: torch.nn.Module) -> Iterator[None]:
     """
-    Has FSDP2 gather an LM head that has a group of its own when TRL's forward asks for it. Nothing else does, because
+    Has FSDP gather an LM head that has a group of its own when TRL's forward asks for it. Nothing else does, because
     TRL never calls it, and the gradient of a weight that TRL gathers by itself is not reduced over the ranks.
     """
-    causal_lm: Any = model
-    if isinstance(model, FSDPModule) and is_peft_model(model):
-        causal_lm = causal_lm.get_base_model()
-    head = causal_lm.get_output_embeddings() if isinstance(model, FSDPModule) else None
-    if not isinstance(head, FSDPModule):
+    if not isinstance(model, FSDPModule | FullyShardedDataParallel):
         yield
         return
+    causal_lm: Any = model.module if isinstance(model, FullyShardedDataParallel) else model
+    if is_peft_model(causal_lm):
+        causal_lm = causal_lm.get_base_model()
+    head = causal_lm.get_output_embeddings()
+    if isinstance(head, FSDPModule):
 
-    def gather_and_get():
-        head.unshard()
-        return head
+        def gather_and_get():
+            head.unshard()
+            return head
 
+    elif isinstance(head, FullyShardedDataParallel):
+        # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
+        def copy_parameters():
+            weight, bias = head.module.weight, head.module.bias
+            return weight.clone(), None if bias is None else bias.clone()
+
+        def gather_and_get():
+            with patch.object(head.module, "forward", copy_parameters):
+                weight, bias = head()
+            return SimpleNamespace(weight=weight, bias=bias)
+
+    else:
+        yield
+        return
     with patch.object(causal_lm, "get_output_embeddings", gather_and_get):
         yield
-    if not torch.is_grad_enabled():  # no backward pass will free it
+    if isinstance(head, FSDPModule) and not torch.is_grad_enabled():  # no backward pass will free it
         head.reshard()
 
 

@@ -22,16 +22,18 @@ REPOSITORY = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "worker.py"
 SHARED_BY_TWO = ("--parallelism_config_sp_size", "2")
 SPLIT_IN_TWO = ("--parallelism_config_cp_size", "2")
+# Every linear layer in a group of its own, also the head
+GROUP_OF_EVERY_LAYER = ("--fsdp_transformer_layer_cls_to_wrap", "Linear")
 # A CPU has nothing to load to, so the parameters of FSDP1 are not broadcast
 NO_BROADCAST = ("--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_sync_module_states", "false")
 # name: (file in accelerate_configs, what is changed on the command line)
 ENGINES = {
     "ddp": ("multi_gpu.yaml", ()),
     "fsdp1": ("fsdp1.yaml", NO_BROADCAST),
+    "fsdp1_head_group": ("fsdp1.yaml", (*NO_BROADCAST, *GROUP_OF_EVERY_LAYER)),
     "fsdp_qlora": ("fsdp_qlora.yaml", NO_BROADCAST),
     "fsdp2": ("fsdp.yaml", ()),
-    # Every linear layer in a group of its own, also the head
-    "fsdp2_head_group": ("fsdp.yaml", ("--fsdp_transformer_layer_cls_to_wrap", "Linear")),
+    "fsdp2_head_group": ("fsdp.yaml", GROUP_OF_EVERY_LAYER),
     # A launcher for each of two machines, both of them this one
     "fsdp_multi_node": ("fsdp_multi_node.yaml", ()),
     "zero2": ("deepspeed_zero2.yaml", ()),
@@ -50,16 +52,17 @@ ENGINES = {
 }
 
 
+FSDP1 = ("fsdp1", "fsdp1_head_group", "fsdp_qlora")
 # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
-SAVING_ENGINES = [engine for engine in ENGINES if engine not in ("fsdp1", "fsdp_qlora", "tensor_parallel")]
+SAVING_ENGINES = [engine for engine in ENGINES if engine not in (*FSDP1, "tensor_parallel")]
 
 
 def can_run(engine, scenario):
     _, model, arguments, peft_config = SCENARIOS[scenario]
-    if engine in ("fsdp1", "fsdp_qlora"):  # 4-bit weights do not shard with SHARD_GRAD_OP
+    if "head_group" in engine and model == "tied":
+        return False  # torch refuses a tied head in another group than the embeddings
+    if engine in FSDP1:  # 4-bit weights do not shard with SHARD_GRAD_OP
         return (model == "quantized") == (engine == "fsdp_qlora")
-    if engine == "fsdp2_head_group":
-        return model != "tied"  # torch refuses a tied head in another group than the embeddings
     if ("ulysses" in engine or "context_parallel" in engine) and "padding_free" in arguments:
         return False  # refused
     if engine == "tensor_parallel" and peft_config:
