@@ -23,7 +23,7 @@ HOSTILE = [
 ]
 TEXTS = st.text(max_size=9) | st.sampled_from(HOSTILE)
 WEIGHTS = st.sampled_from([0, 0.5, 2])
-WRONG_WEIGHTS = st.sampled_from([-1, "1", float("nan"), [1, 2]])
+WRONG_WEIGHTS = st.sampled_from([-1, "1", float("nan"), [1, 2], 10**400])
 MESSAGES = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": TEXTS}, optional={"weight": WEIGHTS}
 )
@@ -37,7 +37,7 @@ WRONG_MESSAGES = (
     | st.none()
     | TEXTS
 )
-WRONG_TEXTS = st.none() | st.integers() | st.lists(WRONG_MESSAGES, max_size=2)
+WRONG_TEXTS = st.just("half of a pair: \ud800") | st.none() | st.integers() | st.lists(WRONG_MESSAGES, max_size=2)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +59,7 @@ def prepare(prompt_completion, make_model, tokenizer, config_kwargs):
         assert torch.isfinite(loss)
         assert loss > 0
         assert len(prepared[1]["input_ids"]) <= 64
+        assert not {"weight", "labels", "attention_mask"} & set(prepared[1])  # which a collator would read once more
         return prepared[1]
 
     return prepare_row

@@ -5,10 +5,11 @@ import json
 import re
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import has_generation_markers
 
-from wit_trl.conversation import Conversation, check_messages, training_chat_template
+from wit_trl.conversation import Conversation, check_messages, logger, training_chat_template
 
 from .conftest import CHAT_TEMPLATES, train_tokenizer
 
@@ -16,6 +17,7 @@ from .conftest import CHAT_TEMPLATES, train_tokenizer
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
 MARKED = [name for name, template in TEMPLATES.items() if has_generation_markers(template)]
 SPECIAL = (
+    r"</?tool_call>|"
     r"<\|[A-Za-z_/]+\|?>|<｜[^｜<>\s]+｜>|<[a-z_]+_of_[a-z_]+>|<[a-z_]+\|>|</?think>|</s>|\[/?INST\]|\[gMASK\]|<sop>"
 )
 SPECIAL_TOKENS = sorted({token for template in TEMPLATES.values() for token in re.findall(SPECIAL, template)})
@@ -26,6 +28,8 @@ CHAT = [
     {"role": "user", "content": "Second question?"},
     {"role": "assistant", "content": "Second answer."},
 ]
+EMPTY = [CHAT[0], {"role": "assistant", "content": ""}, *CHAT[2:]]
+SPECIAL_TEXT = [CHAT[0], {"role": "assistant", "content": "Ends in a token: <tool_call>"}, *CHAT[2:]]
 CALLS = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "What is 1 + 2?"},
@@ -76,6 +80,8 @@ AROUND = {
     "qwen3": ("<think>\n\n</think>\n\n", "<|im_end|>\n"),  # thinking is part of an answer
     "smolvlm": (" ", "<end_of_utterance>\n"),
 }
+# Templates of which TRL has a training version, that marks the turns
+TWINS = [name for name in TEMPLATES if f"{name}_training" in TEMPLATES]
 # They drop the thinking of earlier turns, or add an empty one to the last
 REWRITING = ["qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
 
@@ -130,6 +136,24 @@ def test_turns_found_by_rendering_are_those_that_trl_marks(name, render, templat
     if name == "llava_next_training":  # a space follows the end of turn, which the marks leave out
         rendered = [answer.removesuffix(" ") for answer in rendered]
     assert [HEADER_IN_MARKS.get(name, "") + answer for answer in rendered] == marked
+
+
+@pytest.mark.parametrize("messages", [CHAT, EMPTY, SPECIAL_TEXT], ids=["chat", "empty", "special_text"])
+@pytest.mark.parametrize("name", [name for name in TWINS if name not in REWRITING])
+def test_turns_of_a_plain_template_are_those_of_its_training_twin(name, messages, render, template_tokenizer):
+    twin = f"{name}_training"
+    plain = render(name, messages)
+    input_ids = plain.tokenize()["input_ids"]
+    rendered = spans(template_tokenizer, input_ids, plain.assistant_masks(input_ids))
+    tokens = render(twin, messages).tokenize(return_assistant_tokens_mask=True)
+    marked = spans(template_tokenizer, tokens["input_ids"], tokens["assistant_masks"])
+    if name == "glm4moe":  # the twin writes the token that ends the last answer, the plain template does not
+        marked[-1] = marked[-1].removesuffix("<|user|>")
+        if not marked[-1]:
+            marked.pop()
+    if name == "llava_next":
+        rendered = [answer.removesuffix(" ") for answer in rendered]
+    assert [HEADER_IN_MARKS.get(twin, "") + answer for answer in rendered] == marked
 
 
 @pytest.mark.parametrize(
@@ -230,6 +254,38 @@ def test_template_that_leaves_out_content_is_refused(name, template_tokenizer):
         Conversation(messages, template_tokenizer, TEMPLATES[name], {})
 
 
+@pytest.mark.parametrize(
+    ("name", "messages", "row", "error"),
+    [
+        ("qwen2_5", [CHAT[0], {"role": "observation", "content": "It is 3."}, CHAT[1]], {}, r"leaves out turn 1 \(obs"),
+        ("phi3", [CHAT[0], {"role": "tool", "content": "It is 3."}, CHAT[1]], {}, r"leaves out turn 1 \(tool"),
+        ("llama3", CHAT, {"tools": TOOLS}, "leaves out the `tools`. Choose a template"),
+        ("gemma", [CHAT[0], {"role": "assistant", "content": "", "thinking": "Hm."}], {}, r"leaves out turn 1 \(assis"),
+    ],
+)
+def test_template_that_leaves_out_or_misprints_what_it_does_not_know_is_refused(name, messages, row, error, render):
+    with pytest.raises(ValueError, match=error):
+        render(name, messages, **row)
+
+
+def test_tool_answer_that_is_written_as_json_is_not_left_out(render):
+    quoted = {**CALLS[3], "content": 'It says "3".'}
+    render("gptoss", [*CALLS[:3], quoted, CALLS[4]], tools=TOOLS)
+
+
+def test_thinking_that_the_template_leaves_out_is_told(render, caplog):
+    logger.warning_once.cache_clear()
+    render("llama3", [CHAT[0], {**CHAT[1], "reasoning_content": "Hm."}])
+    assert "leaves out what an assistant thinks" in caplog.text
+
+
+def test_weight_of_a_turn_whose_end_cannot_be_told_is_refused(render):
+    messages = [CALLS[0], {**CHAT[0], "weight": 0.0}, CHAT[1]]
+    conversation = render("qwen3_6", messages)
+    with pytest.raises(ValueError, match=r"turn 0 has another `weight` than the next one, but .* Give both the same"):
+        conversation.turn_weights()
+
+
 def test_what_is_said_beside_a_tool_call_may_be_left_out(render):
     said = [{**message, "content": message["content"] or "Let me compute that."} for message in CALLS]
     for name in ("llama3_1", "gptoss", "muse_glimmer"):
@@ -299,6 +355,31 @@ def test_answer_that_occurs_in_its_header(header, content, template_tokenizer):
     assert [answer.strip() for answer in answers] == [f"{content}<|im_end|>"] * 2
 
 
+@pytest.mark.parametrize("scheme", ["bytes", "metaspace"])
+@pytest.mark.parametrize("header", ["### Response:\n", "ASSISTANT: "])
+def test_header_is_no_answer_where_its_tokens_depend_on_what_precedes(header, scheme):
+    tokenizer = Tokenizer(models.BPE())
+    if scheme == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), "▁"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["USER: hi ", header, "ho"] * 50, trainer)
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}"
+        f"{{{{ {header!r} }}}}{{{{ m.content }}}}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}"
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}] * 2
+    conversation = Conversation(messages, fast, template, {})
+    input_ids = conversation.tokenize()["input_ids"]
+    answers = spans(fast, input_ids, conversation.assistant_masks(input_ids))
+    assert [answer.strip() for answer in answers] == ["ho</s>"] * 2
+
+
 def test_answers_in_a_row(template_tokenizer):
     template = (  # of OLMo 2: a line break before every turn but the first
         "{% for m in messages %}{{ '' if loop.first else '\n' }}<|{{ m.role }}|>\n{{ m.content }}"
@@ -346,8 +427,11 @@ def test_tools_and_template_arguments_of_the_row(render):
     assert texts[1] == texts[0] + "<think>\n\n</think>\n\n"
     with pytest.raises(ValueError, match="`tools` is a text, but not JSON: Expecting value"):
         render("qwen3", CALLS, tools="add")
-    with pytest.raises(ValueError, match="`chat_template_kwargs` must be a dict, but is None"):
-        render("qwen3", CHAT, chat_template_kwargs=None)
+    with pytest.raises(ValueError, match="`chat_template_kwargs` must be a dict, but is 'fast'"):
+        render("qwen3", CHAT, chat_template_kwargs="fast")
+    # Arrow gives `None` to rows that have none
+    assert render("qwen3", CHAT, chat_template_kwargs=None).text == render("qwen3", CHAT).text
+    assert render("llama3", CHAT, chat_template_kwargs={"add_generation_prompt": False}).assistant_masks([]) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT
 from wit_trl.conversation import Conversation
+from wit_trl.data_collator import token_weights
 
 from .conftest import CHAT_TEMPLATES
 from .reference import formula_with_data_weights, tokenize
@@ -292,6 +293,27 @@ def test_formatting_func_that_returns_no_text_is_refused(make_model, tokenizer, 
 def test_prompt_beside_a_text_is_left_out(make_model, tokenizer, config_kwargs):
     trainer = make_trainer(make_model, tokenizer, [{"prompt": "a", "text": "b c"}], config_kwargs)
     assert completions(trainer, tokenizer) == ["b c<eos>"]
+
+
+@pytest.mark.parametrize("later", [{"weight": 0.5}, {"token_weights": [0.5] * 3}])
+def test_weights_that_begin_later_in_a_stream_count_once(later, make_model, tokenizer, config_kwargs):
+    row = {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}
+    later = {**row, **later, "attention_mask": [1, 1, 1]}
+    stream = IterableDataset.from_generator(lambda: iter([row, later]))
+    trainer = make_trainer(make_model, tokenizer, None, config_kwargs | {"max_length": 2}, train_dataset=stream)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    torch.testing.assert_close(batch["token_weights"], torch.tensor([[0, 0.8], [0, 0.4]]))
+
+
+def test_completion_without_an_answer_is_refused(make_model, tokenizer, config_kwargs):
+    question = [{"role": "user", "content": "Hm?"}]
+    with pytest.raises(ValueError, match=r"Row 0 .*: `completion` has no assistant turn.* Its roles are \['user'\]"):
+        make_trainer(make_model, tokenizer, [{"prompt": question, "completion": question}], config_kwargs)
+
+
+def test_token_weights_in_rows_are_refused():
+    with pytest.raises(ValueError, match="`token_weights` has 1 x 3 entries, but `input_ids` has 3"):
+        token_weights({"input_ids": [5, 6, 7], "token_weights": [[1.0] * 3]})
 
 
 def test_text_is_no_weight(make_model, tokenizer, config_kwargs):

@@ -528,7 +528,7 @@ def test_conversation_without_template_or_assistant_is_refused(messages, make_mo
     mute = Dataset.from_list([{"messages": [{"role": "user", "content": "Hello?"}]}])
     with pytest.raises(
         ValueError,
-        match=r"Row 0 of the train dataset: the conversation has no assistant turn.*Its roles are \['user'\]",
+        match=r"Row 0 of the train dataset: `messages` has no assistant turn.*Its roles are \['user'\]",
     ):
         make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=mute)
     tokenizer.chat_template = None

@@ -20,6 +20,8 @@ from .data_collator import check_weight
 logger = logging.get_logger(__name__)
 
 Messages = list[dict[str, Any]]
+_THINKING = ("reasoning_content", "thinking")  # of an assistant, before its answer
+_PROBE = "\ue000"  # of private use, so that no text has it
 
 
 def check_messages(messages: Any, column: str) -> Messages:
@@ -30,7 +32,7 @@ def check_messages(messages: Any, column: str) -> Messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"turn {turn} of `{column}` must have a `role`, but is {message!r}.")
         content = message.get("content")
-        others = ("tool_calls", "reasoning_content", "thinking")
+        others = ("tool_calls", *_THINKING)
         if not isinstance(content, str | list) and (content is not None or not any(map(message.get, others))):
             raise ValueError(
                 f"turn {turn} of `{column}` ({message['role']}) must have a `content`, but it is {content!r}. Fill it "
@@ -46,8 +48,28 @@ def check_messages(messages: Any, column: str) -> Messages:
                     f"turn {turn} of `{column}` ({message['role']}) has the part {part!r}. Write a part as `{{'type': "
                     "'text', 'text': ...}` or `{'type': 'image'}`."
                 )
+        for text in _texts(message):
+            check_unicode(text, f"turn {turn} of `{column}` ({message['role']})")
         check_weight(message.get("weight"), f"the `weight` of turn {turn} of `{column}`")
     return messages
+
+
+def check_answer(messages: Messages, column: str) -> None:
+    """Raises `ValueError` if no turn is the assistant's."""
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise ValueError(
+            f"`{column}` has no assistant turn, so there is no completion. Its roles are {roles}. Name the one that "
+            "answers `assistant`, or remove such rows."
+        )
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raises `ValueError` for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode: {error}. Decode it anew, or remove the row.") from error
 
 
 def training_chat_template(
@@ -127,15 +149,15 @@ class Conversation:
     ):
         self.messages = messages
         self._processing_class = processing_class
-        tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs", {})
+        tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs")
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools)
             except json.JSONDecodeError as error:
                 raise ValueError(f"`tools` is a text, but not JSON: {error}") from error
-        if not isinstance(template_kwargs, dict):
+        if not isinstance(template_kwargs, dict | None):
             raise ValueError(f"`chat_template_kwargs` must be a dict, but is {template_kwargs!r}.")
-        self._template_kwargs = {"chat_template": chat_template, "tools": tools, **template_kwargs}
+        self._template_kwargs = {"chat_template": chat_template, "tools": tools, **(template_kwargs or {})}
         self.text = self.render(messages)
         self._check_nothing_is_left_out()
 
@@ -145,7 +167,7 @@ class Conversation:
             messages = prepare_multimodal_messages(messages)
         try:
             return self._processing_class.apply_chat_template(
-                messages, tokenize=False, **self._template_kwargs, **kwargs
+                messages, **{**self._template_kwargs, "tokenize": False, **kwargs}
             )
         except Exception as error:  # whatever a template raises
             what = "this conversation" if len(messages) == len(self.messages) else f"its first {len(messages)} turns"
@@ -153,7 +175,7 @@ class Conversation:
 
     def tokenize(self, **kwargs: Any) -> dict[str, list[int]]:
         """Returns `"input_ids"` and, with `return_assistant_tokens_mask=True`, the template's `"assistant_masks"`."""
-        return _tokenize(self._processing_class, self.messages, **self._template_kwargs, **kwargs)
+        return _tokenize(self._processing_class, self.messages, **{**self._template_kwargs, **kwargs})
 
     def assistant_masks(self, input_ids: list[int]) -> list[int]:
         """Returns 1 for the tokens of the assistant's answers, with their end-of-turn tokens, and 0 for all others."""
@@ -178,12 +200,18 @@ class Conversation:
         start = 0
         for turn, (weight, following) in enumerate(itertools.pairwise(weights)):
             if weight != following:  # else it does not matter which of the two a token belongs to
-                if _missing_end(_texts(self.messages[turn]), self.text_before(turn + 1)) is not None:
+                try:
+                    rendered, end = self.text_before(turn + 1), self._end_of_turn(turn, input_ids)
+                except ValueError as error:
+                    raise ValueError(
+                        f"turn {turn} has another `weight` than the next one, but where it ends cannot be told. Give "
+                        f"both the same. The reason: {error}"
+                    ) from error
+                if _missing_end(_texts(self.messages[turn]), rendered) is not None:
                     raise ValueError(
                         f"the chat template renders turn {turn} ({self.messages[turn]['role']}) inside the next one, "
                         "so it cannot have a `weight` of its own. Give both the same."
                     )
-                end = self._end_of_turn(turn, input_ids)
                 token_weights[start:end] = weight
                 start = end
         return token_weights
@@ -195,33 +223,48 @@ class Conversation:
         for turn, message in enumerate(self.messages):
             texts = _texts(message)
             printed = printed and not any(marker in text for text in texts for marker in markers)
+            thinking = [text for key in _THINKING if isinstance(text := message.get(key), str)]
+            if message is self.messages[-1] and _missing_end(thinking, self.text) is not None:
+                logger.warning_once(
+                    "The chat template leaves out what an assistant thinks before its last answer: it is not trained."
+                )
+            if not any(texts):
+                texts = thinking
             # Some templates (gpt-oss) leave out what is said beside a tool call
-            if message["role"] in ("system", "user", "assistant") and not message.get("tool_calls"):
-                left_out = _missing_end(texts, self.text)
-                if left_out is not None:
-                    raise ValueError(
-                        f"the chat template leaves out turn {turn} ({message['role']}), which ends in {left_out!r}. "
-                        "Choose a template that renders all of the conversation (`chat_template_path`), or take it out "
-                        "of the data."
-                    )
+            left_out = None if message.get("tool_calls") else _missing_end(texts, self.text)
+            if left_out is not None and message["role"] not in ("system", "user", "assistant"):
+                # A tool's answer may be written in another form, as JSON
+                probe = [*self.messages[:turn], self._with_probe(message), *self.messages[turn + 1 :]]
+                left_out = left_out if self._renders_the_same(probe) else None
+            if left_out is not None:
+                raise ValueError(
+                    f"the chat template leaves out turn {turn} ({message['role']}), which ends in {left_out!r}. Choose "
+                    "a template that renders all of the conversation (`chat_template_path`), name the role as the "
+                    "template does, or take the turn out of the data."
+                )
         if printed:
             raise ValueError(
                 "the chat template prints a `content` of several parts as it stands. Make every `content` a text, or "
                 "choose another template (`chat_template_path`)."
             )
-        if any(message.get("tool_calls") for message in self.messages) and self._leaves_out_tool_calls():
+        without_calls = [
+            {**message, "tool_calls": None, "content": message.get("content") or ""} for message in self.messages
+        ]
+        if any(message.get("tool_calls") for message in self.messages) and self._renders_the_same(without_calls):
             raise ValueError(
                 "the chat template leaves out the tool calls of the assistant. Choose a template that supports tools "
                 "(`chat_template_path`), or remove such rows."
             )
+        if self._template_kwargs["tools"] and self._renders_the_same(self.messages, tools=None):
+            raise ValueError(
+                "the chat template leaves out the `tools`. Choose a template that supports tools "
+                "(`chat_template_path`), or remove the column."
+            )
 
-    def _leaves_out_tool_calls(self) -> bool:
-        without = [
-            {**message, "tool_calls": None, "content": message.get("content") or ""} for message in self.messages
-        ]
+    def _renders_the_same(self, messages: Messages, **kwargs: Any) -> bool:
         try:
-            return self.render(without) == self.text
-        except ValueError:  # it misses the calls
+            return self.render(messages, **kwargs) == self.text
+        except ValueError:  # it misses something
             return False
 
     def check_prompt(self, prompt: Messages) -> None:
@@ -237,14 +280,11 @@ class Conversation:
         opening = prompt.find("<think>", len(before))
         if opening < 0 and (prompt == before or not self.text.startswith(prompt)):
             # No generation prompt, or one that is not this turn's header: what the template puts before any answer
-            content: Any = "\ue000"
-            if isinstance(self.messages[turn].get("content"), list):
-                content = [{"type": "text", "text": content}]
-            probe = self.render([*turns, {**self.messages[turn], "content": content}])
-            header = self.text[len(before) : common_prefix_length(list(self.text), list(probe))]
-            _, prompt_ids = self._render_and_tokenize(turns) if turns else ("", [])
-            if header.strip():  # a mere space belongs to the answer, as in TRL's training templates
-                prompt_ids = prompt_ids + self._tokenizer(header, add_special_tokens=False)["input_ids"]
+            probe = [*turns, self._with_probe(self.messages[turn])]
+            probe_text, prompt_ids = self._render_and_tokenize(probe)
+            header = self.text[len(before) : common_prefix_length(list(self.text), list(probe_text))]
+            if not header.strip():  # a mere space belongs to the answer, as in TRL's training templates
+                _, prompt_ids = self._render_and_tokenize(turns) if turns else ("", [])
         start = common_prefix_length(prompt_ids, input_ids)
         if opening >= 0:
             thinking = self._tokenizer(prompt[opening:], add_special_tokens=False)["input_ids"]
@@ -275,19 +315,29 @@ class Conversation:
         # A token that merges the end of the turn with the next one belongs to the next
         end = common_prefix_length(turn_ids, input_ids)
         is_answer = self.messages[turn]["role"] == "assistant"
-        if is_answer and end < len(input_ids) and self._ends_in(input_ids[end], input_ids[:end]):
+        if is_answer and end < len(input_ids) and self._ends_in(input_ids[end], turn):
             end += 1
         return end
 
-    def _ends_in(self, following: int, tokens: list[int]) -> bool:
-        """Whether a turn ends in the token that follows it: it has no end-of-turn token, and that is a special one."""
-        special = self._tokenizer.get_added_vocab().values()
-        last = next((token for token in reversed(tokens) if self._tokenizer.decode([token]).strip()), None)
-        return last not in special and following in special
+    def _ends_in(self, following: int, turn: int) -> bool:
+        """Whether a turn ends in the token that follows it: a special one, as it has no end-of-turn token itself."""
+        if following not in self._tokenizer.get_added_vocab().values():
+            return False
+        plain = {"role": "assistant", "content": self.messages[turn].get("content")}  # without tool calls
+        answer = self.render([*self.messages[:turn], self._with_probe(plain)])
+        if not self.text.startswith(self.render(self.messages[: turn + 1])):  # it ends in the EOS token, as above
+            answer = answer.removesuffix(self._tokenizer.eos_token or "")
+        return answer.rstrip().endswith(_PROBE)
+
+    @staticmethod
+    def _with_probe(message: dict[str, Any]) -> dict[str, Any]:
+        """Returns the message with another content, to see what the template puts around it."""
+        in_parts = isinstance(message.get("content"), list)
+        return {**message, "content": [{"type": "text", "text": _PROBE}] if in_parts else _PROBE}
 
     def _render_and_tokenize(self, messages: Messages, **kwargs: Any) -> tuple[str, list[int]]:
         text = self.render(messages, **kwargs)
-        input_ids = _tokenize(self._processing_class, messages, **self._template_kwargs, **kwargs)["input_ids"]
+        input_ids = _tokenize(self._processing_class, messages, **{**self._template_kwargs, **kwargs})["input_ids"]
         return text, [int(token) for token in input_ids]  # some processors only return tensors
 
     @property

@@ -72,8 +72,9 @@ def token_weights(example: dict[str, Any]) -> torch.Tensor:
     if example.get("token_weights") is not None:
         weights = check_weights(example["token_weights"], "`token_weights`")
         if weights.shape != (length,):
+            entries = " x ".join(map(str, weights.shape))
             raise ValueError(
-                f"`token_weights` has {weights.numel()} entries, but `input_ids` has {length}. Give each token one."
+                f"`token_weights` has {entries} entries, but `input_ids` has {length}. Give each token one number."
             )
     return weights * check_weight(example.get("weight"), "`weight`")
 
@@ -82,7 +83,7 @@ def check_weights(values: Any, name: str) -> torch.Tensor:
     """Returns weights as a tensor. Raises `ValueError` unless they are finite numbers that are not negative."""
     try:
         weights = torch.as_tensor(values, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):  # torch has all three for what is no number
+    except (OverflowError, TypeError, ValueError, RuntimeError):  # torch has them all for what is no number
         weights = torch.tensor(torch.nan)
     if not (weights.isfinite() & (weights >= 0)).all():
         raise ValueError(f"{name} is {values!r}, but a weight must be a finite number that is not negative.")

@@ -17,7 +17,14 @@ from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 from trl.trainer.utils import global_then_local_main_first
 
 from .config import WITSFTConfig
-from .conversation import Conversation, check_messages, chosen_chat_template, training_chat_template
+from .conversation import (
+    Conversation,
+    check_answer,
+    check_messages,
+    check_unicode,
+    chosen_chat_template,
+    training_chat_template,
+)
 from .data_collator import REGION_COLUMNS, token_regions, token_weights
 
 
@@ -131,7 +138,9 @@ class DataPreparation:
                 "completion and `prompt_loss_weight` has no effect."
             )
         used = {*REGION_COLUMNS, "turn_weights", "weight"} - {"completion_mask"}
-        return self.map_rows(dataset, _find_regions, "Finding completions", remove_columns=sorted(used & {*columns}))
+        if isinstance(dataset, Dataset):  # in a stream, the first row may lack columns of the others
+            used &= {*columns}
+        return self.map_rows(dataset, _find_regions, "Finding completions", remove_columns=sorted(used))
 
     def fit_to_length(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Packs or truncates rows to `max_length` as TRL does, with all that belongs to each token."""
@@ -209,6 +218,8 @@ class DataPreparation:
                 return function(example) or unchanged
             except ValueError as error:
                 raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}") from error
+            except (AttributeError, LookupError, TypeError) as error:  # of a tokenizer or template, whatever it met
+                raise ValueError(f"Row {index} of the {dataset_name} dataset: {error!r}") from error
 
         # A cache of another version would not have what this one finds
         fn_kwargs = {"dataset_name": self.dataset_name, "prepared_by": importlib.metadata.version("wit_trl")}
@@ -250,12 +261,7 @@ def _tokenize_messages(
     if example.get("tools") and tool_template is not None:
         chat_template = tool_template
     messages = check_messages(example.get("messages"), "messages")
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise ValueError(
-            f"the conversation has no assistant turn, so it has no completion. Its roles are {roles}. Name the one "
-            "that answers `assistant`, or remove such rows."
-        )
+    check_answer(messages, "messages")
     conversation = Conversation(messages, processing_class, chat_template, example)
     if has_generation_markers(chat_template):
         tokens = conversation.tokenize(return_assistant_tokens_mask=True)
@@ -277,6 +283,9 @@ def _check_prompt_completion(
     chat_template: str | None,
 ) -> dict[str, Any]:
     prompt, completion = (check_messages(example.get(name), name) for name in ("prompt", "completion"))
+    check_answer(completion, "completion")
+    if example.get("chat_template_kwargs", {}) is None:
+        raise ValueError("`chat_template_kwargs` is None, which TRL does not take. Give every row a dict, or none.")
     conversation = Conversation(prompt + completion, processing_class, chat_template, example)
     conversation.check_prompt(prompt)
     return {"turn_weights": conversation.turn_weights()}
@@ -288,6 +297,7 @@ def _check_texts(example: dict[str, Any], columns: list[str]) -> dict[str, Any]:
             raise ValueError(
                 f"`{column}` must be a text, but is {example.get(column)!r}. Fill it in or remove the row."
             )
+        check_unicode(example[column], f"`{column}`")
     return {}
 
 

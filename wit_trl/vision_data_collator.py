@@ -12,7 +12,7 @@ from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .conversation import Conversation, check_messages, chosen_chat_template
+from .conversation import Conversation, check_answer, check_messages, chosen_chat_template
 from .data_collator import check_weight, set_targets
 
 
@@ -201,9 +201,9 @@ def _complete_row(example: dict[str, Any], columns: list[str]) -> dict[str, Any]
                 "or a text. Add it, or remove such rows."
             )
         if isinstance(value, list):
-            roles = [message["role"] for message in check_messages(value, column)]
-            if column != "prompt" and "assistant" not in roles:
-                raise ValueError(f"`{column}` has no assistant turn, so there is no completion. Remove such rows.")
+            check_messages(value, column)
+            if column != "prompt":
+                check_answer(value, column)
     row = {**example, "images": example.get("images") or []}
     if row.pop("image", None) is not None:
         row["images"] = [example["image"]]
