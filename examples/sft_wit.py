@@ -31,6 +31,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_con
 from wit_trl import WITSFTConfig, WITSFTTrainer
 from wit_trl.script_utils import (
     embedded_config,
+    errors_in_one_sentence,
     load_data,
     parse_arguments,
     select_splits,
@@ -51,8 +52,10 @@ def plot_losses(log_history: list[dict], path: Path) -> None:
     """Draws the loss of both regions, in training and in evaluation, over the steps."""
     _, axes = plt.subplots(figsize=(7, 4))
     for region, colour in (("prompt", "tab:blue"), ("completion", "tab:orange")):
-        for prefix, style in (("", "-"), ("eval_", "o--")):
-            points = [(log["step"], log[key]) for log in log_history if (key := f"{prefix}{region}_loss") in log]
+        for prefix, style in (("", ".-"), ("eval_", "o--")):
+            key = f"{prefix}{region}_loss"
+            # Without the summary, whose losses are those of the few steps since the last log
+            points = [(log["step"], log[key]) for log in log_history if key in log and "train_loss" not in log]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=colour, label=f"{prefix}{region}_loss")
     axes.set(xlabel="step", ylabel="nats per token", title="Unweighted loss of each region")
@@ -76,32 +79,33 @@ def main(
         if training_args.process_index == 0:
             build_embedded_model(dataset, output_dir / "base")
         training_args.distributed_state.wait_for_everyone()
-    else:
-        dataset = load_data(script_args, dataset_args)
-    processing_class = AutoProcessor.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-    evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
-    splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates
-    datasets = select_splits(dataset, splits, processing_class, training_args)
+    with errors_in_one_sentence():
+        if not embedded:
+            dataset = load_data(script_args, dataset_args)
+        processing_class = AutoProcessor.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+        evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
+        splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates
+        datasets = select_splits(dataset, splits, processing_class, training_args)
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    trainer = WITSFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=datasets[script_args.dataset_train_split],
-        eval_dataset=datasets[script_args.dataset_test_split] if evaluates else None,
-        processing_class=processing_class,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **(training_args.model_init_kwargs or {}),
+        }
+        trainer = WITSFTTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=datasets[script_args.dataset_train_split],
+            eval_dataset=datasets[script_args.dataset_test_split] if evaluates else None,
+            processing_class=processing_class,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
 
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))

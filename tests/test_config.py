@@ -5,9 +5,9 @@ from wit_trl import WITSFTConfig
 
 
 @pytest.mark.parametrize("name", ["prompt_loss_weight", "completion_loss_weight"])
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "0.2"])
 def test_weight_must_be_finite_and_not_negative(name, weight):
-    with pytest.raises(ValueError, match=f"`{name}` is {weight}, but a weight must be a finite number"):
+    with pytest.raises(ValueError, match=f"`{name}` is {weight!r}, but a weight must be a finite number"):
         WITSFTConfig(**{name: weight})
 
 

@@ -311,6 +311,12 @@ def test_completion_without_an_answer_is_refused(make_model, tokenizer, config_k
         make_trainer(make_model, tokenizer, [{"prompt": question, "completion": question}], config_kwargs)
 
 
+def test_column_that_was_meant_as_a_weight_is_told(make_model, tokenizer, config_kwargs, caplog):
+    rows = [{"prompt": "a", "completion": "b", "loss_weight": 0.5}]
+    make_trainer(make_model, tokenizer, rows, config_kwargs)
+    assert "has ['loss_weight'], which is ignored. Rename it to `weight`" in caplog.text
+
+
 def test_token_weights_in_rows_are_refused():
     with pytest.raises(ValueError, match="`token_weights` has 1 x 3 entries, but `input_ids` has 3"):
         token_weights({"input_ids": [5, 6, 7], "token_weights": [[1.0] * 3]})

@@ -109,7 +109,7 @@ def test_missing_split_is_named(model_folder, jsonl, tmp_path):
         *("--eval_strategy", "steps"),
         check=False,
     )
-    assert "The data set has no split 'test', only ['train']. Choose with --dataset_train_split" in error
+    assert "\nerror: The data set has no split 'test', only ['train']. Choose with --dataset_train_split" in error
 
 
 def test_resumes_from_the_last_checkpoint(model_folder, jsonl, tmp_path):

@@ -69,6 +69,20 @@ def test_unknown_schema_is_refused(tokenizer):
         to_trl_format(Dataset.from_list([{"question": "a", "answer": "b"}]), tokenizer)
 
 
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("instruction", "input", "response"),
+        ("instruction", "context", "output"),
+        ("prompt", "input", "response"),
+        ("system", "instruction", "input", "output"),
+    ],
+)
+def test_schema_of_which_a_part_would_be_dropped_is_refused(columns, tokenizer):
+    with pytest.raises(ValueError, match=r"are those of no known schema\. .* remove those that are of none or"):
+        to_trl_format(Dataset.from_list([dict.fromkeys(columns, "text")]), tokenizer)
+
+
 @pytest.mark.parametrize("wrong", [{"instruction": None}, {"output": None}, {"input": ["x"]}])
 def test_row_without_text_is_refused(wrong, tokenizer):
     (column,) = wrong

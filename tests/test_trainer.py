@@ -405,14 +405,15 @@ def test_compute_loss_func_is_refused(rows, make_model, tokenizer, config_kwargs
         make_trainer(make_model, tokenizer, rows, config_kwargs, compute_loss_func=lambda *args, **kwargs: None)
 
 
-def test_collator_without_token_weights_is_refused(rows, make_model, tokenizer, config_kwargs):
+@pytest.mark.parametrize("missing", ["labels", "token_weights", "completion_mask"])
+def test_collator_that_leaves_something_out_is_refused(missing, rows, make_model, tokenizer, config_kwargs):
     def collator(examples):
         batch = DataCollatorForWIT(pad_token_id=0)(examples)
-        del batch["token_weights"]
+        del batch[missing]
         return batch
 
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, data_collator=collator)
-    with pytest.raises(ValueError, match=r"returned no 'token_weights'\. Use `wit_trl\.DataCollatorForWIT`"):
+    with pytest.raises(ValueError, match=rf"returned no \['{missing}'\]\. Use `wit_trl\.DataCollatorForWIT`"):
         trainer.train()
 
 

@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 import transformers
-from datasets.exceptions import DatasetsError
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, PreTrainedModel
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
-from yaml import YAMLError
 
 from .config import WITSFTConfig
 from .inspection import html_page, lengths_by_region, plot_lengths, show_page
-from .script_utils import embedded_config, load_data, parse_arguments, select_splits, train_embedded_tokenizer
+from .script_utils import (
+    embedded_config,
+    errors_in_one_sentence,
+    load_data,
+    parse_arguments,
+    select_splits,
+    train_embedded_tokenizer,
+)
 from .stdlib_functions import load_stdlib_functions
 from .trainer import WITSFTTrainer
 
@@ -114,7 +119,7 @@ def build_trainer(
 def inspect(args: list[str]) -> None:
     """Shows what the weights do to the training set. `args` are the arguments after `wit-trl inspect`."""
     types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
-    inspection, *training = parse_arguments(types, args)
+    inspection, *training = parse_arguments(types, args, prog="wit-trl inspect")
     trainer = build_trainer(*training)
     if trainer._whole_train_rows is None:
         raise ValueError(
@@ -137,9 +142,5 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="wit-trl", description="Weighted Instruction Tuning for TRL.")
     parser.add_argument("command", choices=["inspect"], help="show tokens and their weights as the trainer sees them")
     parser.parse_args(sys.argv[1:2])
-    try:
+    with errors_in_one_sentence():
         inspect(sys.argv[2:])
-    except DatasetsError as error:
-        sys.exit(f"error: {error}: {error.__cause__}")
-    except (ImportError, OSError, ValueError, YAMLError) as error:
-        sys.exit(f"error: {error}")

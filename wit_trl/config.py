@@ -53,8 +53,8 @@ class WITSFTConfig(SFTConfig):
             )
         for name in ("prompt_loss_weight", "completion_loss_weight"):
             weight = getattr(self, name)
-            if not math.isfinite(weight) or weight < 0:
-                raise ValueError(f"`{name}` is {weight}, but a weight must be a finite number that is not negative.")
+            if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+                raise ValueError(f"`{name}` is {weight!r}, but a weight must be a finite number that is not negative.")
         prompt, completion = self.prompt_loss_weight, self.completion_loss_weight
         if prompt == completion == 0:
             raise ValueError(

@@ -27,7 +27,10 @@ _PROBE = "\ue000"  # of private use, so that no text has it
 def check_messages(messages: Any, column: str) -> Messages:
     """Returns the messages of a row. Raises `ValueError` if they are none, or lack a role or a content."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"`{column}` must be a list of messages, but is {messages!r}. Fill it in or remove the row.")
+        raise ValueError(
+            f"`{column}` must be a list of messages, but is {messages!r}. Fill it in (parse it, if it is JSON), or "
+            "remove the row."
+        )
     for turn, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"turn {turn} of `{column}` must have a `role`, but is {message!r}.")

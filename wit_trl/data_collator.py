@@ -86,7 +86,7 @@ def check_weights(values: Any, name: str) -> torch.Tensor:
     except (OverflowError, TypeError, ValueError, RuntimeError):  # torch has them all for what is no number
         weights = torch.tensor(torch.nan)
     if not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"{name} is {values!r}, but a weight must be a finite number that is not negative.")
+        raise ValueError(f"{name} is {values!r}, but a weight must be a finite number (no text) that is not negative.")
     return weights
 
 

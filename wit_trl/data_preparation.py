@@ -132,6 +132,12 @@ class DataPreparation:
         """Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
         `"token_weights"`."""
         columns = get_dataset_column_names(dataset)
+        known = ("weight", "token_weights", "turn_weights")
+        if ignored := [name for name in columns if "weight" in name.lower() and name not in known]:
+            logger.warning(
+                f"The {self.dataset_name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number "
+                "for the row, or to `token_weights`, one for each token of `input_ids`."
+            )
         if not {*REGION_COLUMNS[:3]} & {*columns}:
             logger.warning_once(
                 "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
@@ -191,8 +197,8 @@ class DataPreparation:
             raise ValueError(
                 f"No row of the {self.dataset_name} dataset has a token left to train on. The weights of prompt and "
                 f"completion are {weights}, and {sum(had_target)} of {len(had_target)} rows were lost to `max_length="
-                f"{args.max_length}`. Raise `max_length`, give the other region a weight, or look for weights of 0 in "
-                "the data."
+                f"{args.max_length}`. {'Raise `max_length`, g' if any(had_target) else 'G'}ive the other region a "
+                "weight, or look for weights of 0 in the data."
             )
         if isinstance(kept, Dataset) and len(kept) < len(dataset):
             logger.warning(

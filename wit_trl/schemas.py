@@ -57,7 +57,15 @@ def to_trl_format(
     ```
     """
     columns = set(get_dataset_column_names(dataset))
-    schema = next((name for name, (question, answer) in _SCHEMAS.items() if {question[0], answer} <= columns), None)
+    parts = {"system", "history"}.union(*({*question, answer} for question, answer in _SCHEMAS.values()))
+    schema = next(
+        (  # all that is part of some schema must be part of this one
+            name
+            for name, (question, answer) in _SCHEMAS.items()
+            if {question[0], answer} <= columns and columns & parts <= {*question, answer}
+        ),
+        None,
+    )
     # Alpaca has a `text` too, in which the answer cannot be told from the question
     if any(known <= columns for known in _TRL_COLUMNS) or (schema is None and dataset_text_field in columns):
         return dataset
@@ -66,7 +74,7 @@ def to_trl_format(
         raise ValueError(
             f"The columns {sorted(columns)} are those of no known schema. Known are {', '.join(known)}, ShareGPT "
             f"(conversations) and TRL's own: prompt and completion, messages, {dataset_text_field}, input_ids. Rename "
-            "the columns."
+            "the columns, and remove those that are of none or of another schema."
         )
     question, answer = _SCHEMAS[schema]
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

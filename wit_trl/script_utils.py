@@ -2,14 +2,17 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_dataset
+from yaml import YAMLError
 
 from .config import WITSFTConfig
 from .schemas import to_trl_format
@@ -37,7 +40,23 @@ EMBEDDED_DEFAULTS = {
 }
 
 
-def parse_arguments(dataclass_types: Iterable[type], args: list[str] | None = None) -> tuple[Any, ...]:
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """Ends the process with one sentence for what a user can get wrong, which the main process alone prints."""
+    try:
+        yield
+    except DatasetsError as error:
+        message = f"error: {error}: {error.__cause__}"
+    except (ImportError, OSError, ValueError, YAMLError) as error:
+        message = f"error: {error}"
+    else:
+        return
+    sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def parse_arguments(
+    dataclass_types: Iterable[type], args: list[str] | None = None, prog: str | None = None
+) -> tuple[Any, ...]:
     """
     Returns an instance of each dataclass from the command line and `--config`: any of the caller's, then
     [`~trl.ScriptArguments`], [`WITSFTConfig`], [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`]. Without model
@@ -48,12 +67,12 @@ def parse_arguments(dataclass_types: Iterable[type], args: list[str] | None = No
             The dataclasses.
         args (`list[str]`, *optional*):
             The arguments, by default those of the process.
+        prog (`str`, *optional*):
+            What `--help` calls the program, by default the file that was started.
     """
-    parser = TrlParser(dataclass_types)
-    try:
+    parser = TrlParser(dataclass_types, prog=prog)
+    with errors_in_one_sentence():
         arguments = *_, script_args, _, model_args, dataset_args = parser.parse_args_and_config(args)
-    except ValueError as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     has_data = bool(script_args.dataset_name or dataset_args.datasets)
     if has_data != (model_args.model_name_or_path is not None):
         sys.exit("error: Pass both --model_name_or_path and --dataset_name, or neither for the embedded default.")

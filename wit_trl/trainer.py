@@ -314,13 +314,13 @@ class WITSFTTrainer(SFTTrainer):
         example_lengths = inputs.pop("example_lengths", None)
         if example_lengths is not None and self._splits_sequences:
             raise ValueError(PACKED_MESSAGE)
-        try:
-            token_weights, completion_mask = inputs.pop("token_weights"), inputs.pop("completion_mask")
-        except KeyError as error:
+        needed = {"token_weights", "completion_mask", "shift_labels" if "shift_labels" in inputs else "labels"}
+        if missing := needed - {name for name, value in inputs.items() if value is not None}:
             raise ValueError(
-                f"The data collator returned no {error}. Use `wit_trl.DataCollatorForWIT` (the default), or return "
-                "`token_weights` and `completion_mask` as it does."
-            ) from error
+                f"The data collator returned no {sorted(missing)}. Use `wit_trl.DataCollatorForWIT` (the default), or "
+                "return all that it does."
+            )
+        token_weights, completion_mask = inputs.pop("token_weights"), inputs.pop("completion_mask")
 
         training = self.model.training
         inputs["use_cache"] = False
