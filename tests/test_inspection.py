@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
-from wit_trl.inspection import lengths_by_region, plot_lengths, show_row, summarize
+from wit_trl.inspection import show_row
+from wit_trl.summary import lengths_by_region, plot_lengths, summarize
 
 
 @pytest.fixture
@@ -343,15 +344,8 @@ def test_documents_special_tokens_and_zero_weights_are_marked(tokenizer, make_tr
 
 
 def test_weights_that_differ_from_token_to_token(tokenizer, make_trainer):
-    trainer = make_trainer(Dataset.from_list([{"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1]}]))
-    collator = trainer.data_collator
-
-    def weighted(examples):
-        batch = collator(examples)
-        batch["token_weights"] *= torch.tensor([1.0, 0.5, 0.0])
-        return batch
-
-    trainer.data_collator = weighted
+    row = {"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1], "token_weights": [1.0, 0.5, 0.0]}
+    trainer = make_trainer(Dataset.from_list([row]))
     pieces = [tokenizer.decode([token]) for token in (7, 8, 9)]
     text = show_row(trainer, trainer.train_dataset[0])
     assert text.plain == f"▌{pieces[0]}[completion 0.4]{pieces[1]}[completion 0]{pieces[2]}"

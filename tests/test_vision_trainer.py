@@ -1,5 +1,6 @@
 """Training and evaluation on data with images, against plain float64 loops and TRL's own trainer."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from wit_trl import DataCollatorForVisionLanguageWIT, WITSFTConfig, WITSFTTrainer
+from wit_trl import DataCollatorForVisionLanguageWIT, WITSFTConfig, WITSFTTrainer, cli
 from wit_trl.conversation import training_chat_template
 
 from .conftest import DOCUMENTED
@@ -347,3 +348,36 @@ def test_images_where_sequences_are_split_are_refused(size, in_parallel, llava, 
         ValueError, match=r"Data with images is not supported under sequence or context.* Set `sp_size`"
     ):
         make_trainer("llava", llava, llava_rows, config_kwargs)
+
+
+def test_training_starts_with_the_table(llava, llava_rows, config_kwargs, capsys):
+    rows = [{**row, "weight": 0.5 * (i + 1)} for i, row in enumerate(llava_rows)]
+    trainer = make_trainer("llava", llava, rows, config_kwargs | {"max_steps": 1, "max_length": 40})
+    trainer.train()
+    output = capsys.readouterr().out
+    batches = [trainer.data_collator([row]) for row in rows]
+    for region, name in {0: "prompt", 1: "completion", -100: "never a target"}.items():
+        count = sum(int((batch["completion_mask"] == region).sum()) for batch in batches)
+        assert re.search(rf"{name} +[\d.]+ +{count} ", output), name
+    assert "What is weighted in 3 rows" in output
+    assert re.search(r"weights in the data +0\.5 to 1\.5", output)
+
+
+def test_rows_of_a_larger_set_are_counted_in_part(llava, llava_rows, config_kwargs, monkeypatch, capsys):
+    monkeypatch.setattr("wit_trl.summary.IMAGE_ROWS", 2)
+    make_trainer("llava", llava, llava_rows, config_kwargs | {"max_steps": 1}).train()
+    assert "What is weighted in the first 2 rows" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_images_as_one(llava, llava_rows, tmp_path, monkeypatch, capsys):
+    make_model("llava", llava).save_pretrained(tmp_path / "model")
+    llava.save_pretrained(tmp_path / "model")
+    Dataset.from_list(llava_rows).to_parquet(tmp_path / "data.parquet")
+    arguments = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "data.parquet", "--rows", 1]
+    monkeypatch.setattr("sys.argv", ["wit-trl", "inspect", *map(str, [*arguments, "--max_length", 200])])
+    cli.main()
+    output = capsys.readouterr().out
+    images = llava(text="<image>", images=[picture(0)])["input_ids"][0].count(llava.image_token_id)
+    assert f"[never a target 0]<image> x {images} " in output
+    assert "[completion 0.8] A test of images.</s>" in output
+    assert "What is weighted in 3 rows" in output

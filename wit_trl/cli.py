@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaF
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from .config import WITSFTConfig
-from .inspection import html_page, lengths_by_region, plot_lengths, show_page
+from .inspection import html_page, show_page
 from .script_utils import (
     embedded_config,
     errors_in_one_sentence,
@@ -26,6 +26,7 @@ from .script_utils import (
     train_embedded_tokenizer,
 )
 from .stdlib_functions import load_stdlib_functions
+from .summary import lengths_by_region, plot_lengths, rows_to_inspect
 from .trainer import WITSFTTrainer
 
 
@@ -121,19 +122,18 @@ def inspect(args: list[str]) -> None:
     types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
     inspection, *training = parse_arguments(types, args, prog="wit-trl inspect")
     trainer = build_trainer(*training)
-    if trainer._whole_train_rows is None:
-        raise ValueError(
-            "Only data that the trainer prepares can be shown: no data set that is packed already, none with images."
-        )
+    rows = rows_to_inspect(trainer)
+    if rows is None:
+        raise ValueError("Only data that the trainer prepares can be shown, no data set that is packed already.")
     if inspection.histogram is not None:
-        lengths = lengths_by_region(trainer._whole_train_rows)
+        lengths = lengths_by_region(rows[0])
         histogram = plot_lengths(*lengths)
         Path(inspection.histogram).write_bytes(histogram)
     if inspection.html is not None:
-        Path(inspection.html).write_text(html_page(trainer, inspection.rows, histogram), encoding="utf-8")
+        Path(inspection.html).write_text(html_page(trainer, rows, inspection.rows, histogram), encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot encode
-    show_page(Console(), trainer, inspection.rows)
+    show_page(Console(), trainer, rows, inspection.rows)
     for file in filter(None, (inspection.html, inspection.histogram)):
         print(f"Written: {file}", file=sys.stderr)
 

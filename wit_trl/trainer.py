@@ -25,7 +25,6 @@ from trl.trainer.utils import get_config_model_id
 from .config import WITSFTConfig
 from .data_collator import REGION_COLUMNS, DataCollatorForWIT
 from .data_preparation import DataPreparation, checked_formatting
-from .inspection import print_summary
 from .lm_head import align_with_targets, dequantize_lm_head, weighted_forward
 from .metrics import NUM_TERMS, loss_terms, region_losses, token_metrics
 from .sequence_parallel import (
@@ -36,6 +35,7 @@ from .sequence_parallel import (
     skip_batches,
     split_targets,
 )
+from .summary import print_summary
 from .vision_data_collator import DataCollatorForVisionLanguageWIT
 
 
@@ -215,7 +215,7 @@ class WITSFTTrainer(SFTTrainer):
         whole_rows = preparation.find_regions(dataset)
         dataset = preparation.fit_to_length(whole_rows)
         if is_train:  # evaluation sets keep all their rows, since both regions are measured
-            self._whole_train_rows = whole_rows  # for `print_summary`
+            self._whole_train_rows = whole_rows  # for `rows_to_inspect`
             dataset = preparation.drop_rows_without_target(dataset, whole_rows)
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
