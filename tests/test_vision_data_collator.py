@@ -284,6 +284,26 @@ def test_incomplete_example_is_refused(row, message, llava):
         DataCollatorForVisionLanguageWIT(llava)([{"images": [], **row}])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": 3}, "`images` must be a list, but is 3. Name a single one `image`"),
+        ({"images": ["missing.png"]}, "missing.png"),
+        ({"images": [None]}, "no images were passed"),
+    ],
+)
+def test_image_that_cannot_be_read_is_refused_by_example(wrong, message, llava):
+    rows = examples("messages")
+    rows[1] |= wrong
+    with pytest.raises(ValueError, match=rf"^Example 1 of the batch, .*({message})"):
+        DataCollatorForVisionLanguageWIT(llava)(rows)
+
+
+def test_batch_without_a_token_is_refused(llava):
+    with pytest.raises(ValueError, match="No example of the batch has a token"):
+        DataCollatorForVisionLanguageWIT(llava)([{"text": "", "images": []}])
+
+
 def test_text_beside_prompt_and_completion_is_left_out(llava):
     row = {"prompt": "<image>What is it? ", "completion": "A test.", "text": "<image>a caption"}
     batch = DataCollatorForVisionLanguageWIT(llava)([{**row, "images": examples("messages")[0]["images"][:1]}])

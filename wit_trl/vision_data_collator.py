@@ -18,6 +18,9 @@ from .data_collator import check_weight, set_targets
 
 logger = logging.get_logger(__name__)
 
+# What templates, tokenizers and image processors raise for a row that they cannot take
+_ROW_ERRORS = (AttributeError, LookupError, OSError, TypeError, ValueError)
+
 
 @dataclass
 class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
@@ -112,7 +115,15 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                     conversation.check_prompt(conversation.messages[: len(row["prompt"])])
                 conversations.append(conversation)
         with self._image_texts() as image_texts:
-            batch = super().torch_call([{**row} for row in rows])  # it changes what it gets
+            try:
+                batch = super().torch_call([{**row} for row in rows])  # it changes what it gets
+            except _ROW_ERRORS:
+                for position, row in enumerate(rows):  # which of them?
+                    with _naming(position, row, columns):
+                        super().torch_call([{**row}])
+                raise
+        if batch["input_ids"].size(1) == 0:
+            raise ValueError("No example of the batch has a token. Remove such rows.")
 
         region = (batch["labels"] != -100).long()
         data_weights = torch.tensor(row_weights)[:, None].repeat(1, region.size(1))
@@ -176,7 +187,7 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         template_kwargs = {"return_tensors": "pt", "processor_kwargs": {"add_special_tokens": False}}
         if self.completion_only_loss:
             messages += prepare_multimodal_messages(row["completion"])
-            template_kwargs |= row.get("chat_template_kwargs", {})
+            template_kwargs |= row.get("chat_template_kwargs") or {}
         template = None if self.completion_only_loss else self.chat_template
         return Conversation(messages, self.processor, template, {"chat_template_kwargs": template_kwargs})
 
@@ -186,7 +197,7 @@ def _naming(position: int, example: dict[str, Any], columns: list[str]) -> Itera
     """Says which example an error is about, by its position and its beginning: a collator does not know its index."""
     try:
         yield
-    except ValueError as error:
+    except _ROW_ERRORS as error:
         content = reprlib.repr([example.get(column) for column in columns])
         raise ValueError(f"Example {position} of the batch, {content}: {error}") from error
 
@@ -205,6 +216,8 @@ def _complete_row(example: dict[str, Any], columns: list[str]) -> dict[str, Any]
             if column != "prompt":
                 check_answer(value, column)
     row = {**example, "images": example.get("images") or []}
+    if not isinstance(row["images"], list):
+        raise ValueError(f"`images` must be a list, but is {row['images']!r}. Name a single one `image`.")
     if row.pop("image", None) is not None:
         row["images"] = [example["image"]]
     return row
