@@ -1,6 +1,7 @@
 import ast
 import sysconfig
 import textwrap
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,13 +39,22 @@ def load_stdlib_functions(max_characters: int = 400, validation_share: float = 0
 
 def _pairs(module: str, max_characters: int) -> Iterator[tuple[str, str]]:
     lines = module.split("\n")  # `splitlines` would also split at form feeds, which `lineno` does not count
-    for node in ast.walk(_parse(module)):
+    for node in _statements(_parse(module)):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False):  # few are parsed once more
             source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) + "\n"
             for function in _parse(source).body if len(source) <= max_characters else ():
                 if isinstance(function, ast.FunctionDef) and (documentation := ast.get_docstring(function)):
                     signature = f"{function.name}({ast.unparse(function.args)})"
                     yield f"Write the Python function {signature}.\n\n{documentation}\n", source
+
+
+def _statements(module: ast.Module) -> Iterator[ast.AST]:
+    """As `ast.walk`, but without the many nodes of expressions, which hold no function."""
+    todo: deque[ast.AST] = deque([module])
+    while todo:
+        node = todo.popleft()
+        todo.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+        yield node
 
 
 def _parse(source: str) -> ast.Module:
