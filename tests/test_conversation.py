@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import has_generation_markers
 
-from wit_trl.conversation import Conversation, check_messages, logger, training_chat_template
+from wit_trl.conversation import Conversation, logger, training_chat_template
+from wit_trl.messages import check_messages
 
 from .conftest import CHAT_TEMPLATES, train_tokenizer
 

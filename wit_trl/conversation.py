@@ -14,65 +14,12 @@ from trl.chat_template_utils import (
 )
 from trl.data_utils import _tokenize, common_prefix_length, prepare_multimodal_messages
 
-from .data_collator import check_weight
+from .messages import THINKING, Messages, message_texts
 
 
 logger = logging.get_logger(__name__)
 
-Messages = list[dict[str, Any]]
-_THINKING = ("reasoning_content", "thinking")  # of an assistant, before its answer
 _PROBE = "\ue000"  # of private use, so that no text has it
-
-
-def check_messages(messages: Any, column: str) -> Messages:
-    """Returns the messages of a row. Raises `ValueError` if they are none, or lack a role or a content."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"`{column}` must be a list of messages, but is {messages!r}. Fill it in (parse it, if it is JSON), or "
-            "remove the row."
-        )
-    for turn, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"turn {turn} of `{column}` must have a `role`, but is {message!r}.")
-        content = message.get("content")
-        others = ("tool_calls", *_THINKING)
-        if not isinstance(content, str | list) and (content is not None or not any(map(message.get, others))):
-            raise ValueError(
-                f"turn {turn} of `{column}` ({message['role']}) must have a `content`, but it is {content!r}. Fill it "
-                "in or remove the row."
-            )
-        for part in content if isinstance(content, list) else ():
-            if (
-                not isinstance(part, dict)
-                or not part.get("type")
-                or (part["type"] == "text" and not isinstance(part.get("text"), str))
-            ):
-                raise ValueError(
-                    f"turn {turn} of `{column}` ({message['role']}) has the part {part!r}. Write a part as `{{'type': "
-                    "'text', 'text': ...}` or `{'type': 'image'}`."
-                )
-        for text in _texts(message):
-            check_unicode(text, f"turn {turn} of `{column}` ({message['role']})")
-        check_weight(message.get("weight"), f"the `weight` of turn {turn} of `{column}`")
-    return messages
-
-
-def check_answer(messages: Messages, column: str) -> None:
-    """Raises `ValueError` if no turn is the assistant's."""
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise ValueError(
-            f"`{column}` has no assistant turn, so there is no completion. Its roles are {roles}. Name the one that "
-            "answers `assistant`, or remove such rows."
-        )
-
-
-def check_unicode(text: str, name: str) -> None:
-    """Raises `ValueError` for half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is not valid Unicode: {error}. Decode it anew, or remove the row.") from error
 
 
 def training_chat_template(
@@ -210,7 +157,7 @@ class Conversation:
                         f"turn {turn} has another `weight` than the next one, but where it ends cannot be told. Give "
                         f"both the same. The reason: {error}"
                     ) from error
-                if _missing_end(_texts(self.messages[turn]), rendered) is not None:
+                if _missing_end(message_texts(self.messages[turn]), rendered) is not None:
                     raise ValueError(
                         f"the chat template renders turn {turn} ({self.messages[turn]['role']}) inside the next one, "
                         "so it cannot have a `weight` of its own. Give both the same."
@@ -224,9 +171,9 @@ class Conversation:
         markers = ("'type': 'text'", '"type": "text"')
         printed = any(marker in self.text for marker in markers)
         for turn, message in enumerate(self.messages):
-            texts = _texts(message)
+            texts = message_texts(message)
             printed = printed and not any(marker in text for text in texts for marker in markers)
-            thinking = [text for key in _THINKING if isinstance(text := message.get(key), str)]
+            thinking = [text for key in THINKING if isinstance(text := message.get(key), str)]
             if message is self.messages[-1] and _missing_end(thinking, self.text) is not None:
                 logger.warning_once(
                     "The chat template leaves out what an assistant thinks before its last answer: it is not trained."
@@ -348,11 +295,6 @@ class Conversation:
         if isinstance(self._processing_class, ProcessorMixin):
             return self._processing_class.tokenizer
         return self._processing_class
-
-
-def _texts(message: dict[str, Any]) -> list[str]:
-    content = message.get("content") or ""
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _missing_end(texts: list[str], rendered: str) -> str | None:

@@ -17,15 +17,9 @@ from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
 from trl.trainer.utils import global_then_local_main_first
 
 from .config import WITSFTConfig
-from .conversation import (
-    Conversation,
-    check_answer,
-    check_messages,
-    check_unicode,
-    chosen_chat_template,
-    training_chat_template,
-)
+from .conversation import Conversation, chosen_chat_template, training_chat_template
 from .data_collator import REGION_COLUMNS, token_regions, token_weights
+from .messages import check_answer, check_messages, check_unicode
 
 
 logger = get_logger(__name__)

@@ -12,8 +12,9 @@ from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from .conversation import Conversation, check_answer, check_messages, chosen_chat_template
+from .conversation import Conversation, chosen_chat_template
 from .data_collator import check_weight, set_targets
+from .messages import check_answer, check_messages
 
 
 logger = logging.get_logger(__name__)
