@@ -269,6 +269,24 @@ def test_template_that_leaves_out_or_misprints_what_it_does_not_know_is_refused(
         render(name, messages, **row)
 
 
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5"])
+def test_every_tool_call_is_an_answer_where_none_is_prompted(name, render, template_tokenizer):
+    second = [{"type": "function", "function": {"name": "mul", "arguments": {"a": 7}}}]
+    more = [{**CALLS[2], "tool_calls": second}, {**CALLS[3], "name": "mul", "content": "9"}, CALLS[4]]
+    conversation = render(name, [*CALLS[1:4], *more], tools=TOOLS)
+    input_ids = conversation.tokenize()["input_ids"]
+    first, second, last = spans(template_tokenizer, input_ids, conversation.assistant_masks(input_ids))
+    assert first.startswith("<|tool_call>call:add{")
+    assert second.startswith("<|tool_call>call:mul{a:7}")
+    assert last == "It is 3.<turn|>\n"
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_training", "llama3_1", "glm4moe"])
+def test_data_of_tools_that_looks_like_a_part(name, render):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"type": "text", "body": "hi"}}}
+    render(name, [*CALLS[:2], {**CALLS[2], "tool_calls": [call]}, *CALLS[3:]], tools=TOOLS)
+
+
 def test_tool_answer_that_is_written_as_json_is_not_left_out(render):
     quoted = {**CALLS[3], "content": 'It says "3".'}
     render("gptoss", [*CALLS[:3], quoted, CALLS[4]], tools=TOOLS)

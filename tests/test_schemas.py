@@ -76,6 +76,7 @@ def test_unknown_schema_is_refused(tokenizer):
         ("instruction", "context", "output"),
         ("prompt", "input", "response"),
         ("system", "instruction", "input", "output"),
+        ("system", "instruction", "input", "output", "text"),
     ],
 )
 def test_schema_of_which_a_part_would_be_dropped_is_refused(columns, tokenizer):

@@ -460,7 +460,7 @@ def test_packed_evaluation_set_where_sequences_are_split_is_refused(
         trainer.compute_loss(trainer.model.eval(), trainer.data_collator(packed))
 
 
-@pytest.mark.parametrize("size", ["sp_size", "cp_size"])
+@pytest.mark.parametrize("size", ["sp_size", "cp_size", "tp_size"])
 def test_tokens_averaged_on_each_rank_where_sequences_are_split_are_refused(
     size, in_parallel, rows, make_model, tokenizer, config_kwargs
 ):

@@ -169,7 +169,9 @@ class Conversation:
     def _check_nothing_is_left_out(self) -> None:
         """A template may print nothing of what it does not know, and Python's form of a list, without an error."""
         markers = ("'type': 'text'", '"type": "text"')
-        printed = any(marker in self.text for marker in markers)
+        in_parts = any(isinstance(message.get("content"), list) for message in self.messages)
+        in_parts = in_parts or isinstance(self._processing_class, ProcessorMixin)  # for which `render` makes parts
+        printed = in_parts and any(marker in self.text for marker in markers)
         for turn, message in enumerate(self.messages):
             texts = message_texts(message)
             printed = printed and not any(marker in text for text in texts for marker in markers)
@@ -230,8 +232,7 @@ class Conversation:
         opening = prompt.find("<think>", len(before))
         if opening < 0 and (prompt == before or not self.text.startswith(prompt)):
             # No generation prompt, or one that is not this turn's header: what the template puts before any answer
-            probe = [*turns, self._with_probe(self.messages[turn])]
-            probe_text, prompt_ids = self._render_and_tokenize(probe)
+            probe_text, prompt_ids = self._render_and_tokenize([*turns, self._plain_answer(turn)])
             header = self.text[len(before) : common_prefix_length(list(self.text), list(probe_text))]
             if not header.strip():  # a mere space belongs to the answer, as in TRL's training templates
                 _, prompt_ids = self._render_and_tokenize(turns) if turns else ("", [])
@@ -273,11 +274,14 @@ class Conversation:
         """Whether a turn ends in the token that follows it: a special one, as it has no end-of-turn token itself."""
         if following not in self._tokenizer.get_added_vocab().values():
             return False
-        plain = {"role": "assistant", "content": self.messages[turn].get("content")}  # without tool calls
-        answer = self.render([*self.messages[:turn], self._with_probe(plain)])
+        answer = self.render([*self.messages[:turn], self._plain_answer(turn)])
         if not self.text.startswith(self.render(self.messages[: turn + 1])):  # it ends in the EOS token, as above
             answer = answer.removesuffix(self._tokenizer.eos_token or "")
         return answer.rstrip().endswith(_PROBE)
+
+    def _plain_answer(self, turn: int) -> dict[str, Any]:
+        """Returns an answer in the place of the turn, without its thinking and tool calls, which may come first."""
+        return self._with_probe({"role": "assistant", "content": self.messages[turn].get("content")})
 
     @staticmethod
     def _with_probe(message: dict[str, Any]) -> dict[str, Any]:

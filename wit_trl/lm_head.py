@@ -90,8 +90,14 @@ def _gathered_lm_head(model: torch.nn.Module) -> Iterator[None]:
         return
     causal_lm: Any = model.module if isinstance(model, FullyShardedDataParallel) else model
     if is_peft_model(causal_lm):
-        causal_lm = causal_lm.get_base_model()
-    head = causal_lm.get_output_embeddings()
+        from peft.utils import ModulesToSaveWrapper
+
+        adapter, causal_lm = causal_lm.active_adapter, causal_lm.get_base_model()
+        head = causal_lm.get_output_embeddings()
+        if isinstance(head, ModulesToSaveWrapper) and not isinstance(head, FSDPModule):  # FSDP1 wraps what is in it
+            head = head.modules_to_save[adapter]
+    else:
+        head = causal_lm.get_output_embeddings()
     if isinstance(head, FSDPModule):
 
         def gather_and_get():

@@ -57,17 +57,12 @@ def to_trl_format(
     ```
     """
     columns = set(get_dataset_column_names(dataset))
+    # All that is part of some schema must be part of this one
     parts = {"system", "history"}.union(*({*question, answer} for question, answer in _SCHEMAS.values()))
-    schema = next(
-        (  # all that is part of some schema must be part of this one
-            name
-            for name, (question, answer) in _SCHEMAS.items()
-            if {question[0], answer} <= columns and columns & parts <= {*question, answer}
-        ),
-        None,
-    )
+    similar = {name: columns & parts <= {*q, a} for name, (q, a) in _SCHEMAS.items() if {q[0], a} <= columns}
+    schema = next((name for name, matches in similar.items() if matches), None)
     # Alpaca has a `text` too, in which the answer cannot be told from the question
-    if any(known <= columns for known in _TRL_COLUMNS) or (schema is None and dataset_text_field in columns):
+    if any(known <= columns for known in _TRL_COLUMNS) or (not similar and dataset_text_field in columns):
         return dataset
     if schema is None:
         known = [f"{name} ({', '.join((*question, answer))})" for name, (question, answer) in _SCHEMAS.items()]

@@ -46,7 +46,7 @@ def errors_in_one_sentence() -> Iterator[None]:
     try:
         yield
     except DatasetsError as error:
-        message = f"error: {error}: {error.__cause__}"
+        message = f"error: {error}: {error.__cause__}" if error.__cause__ else f"error: {error}"
     except (ImportError, OSError, ValueError, YAMLError) as error:
         message = f"error: {error}"
     else:

@@ -40,11 +40,6 @@ def check_sequence_parallelism(
         )
     if args.packing or args.eval_packing or args.padding_free:
         raise ValueError(PACKED_MESSAGE)
-    if not args.average_tokens_across_devices:
-        raise ValueError(
-            "`average_tokens_across_devices=False` is not supported under sequence or context parallelism: it would "
-            "weigh the parts of a sequence differently. Set it to True, or `sp_size` and `cp_size` to 1."
-        )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             "Prompt learning is not supported under sequence or context parallelism: every part of a sequence would "

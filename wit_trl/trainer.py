@@ -66,9 +66,10 @@ class WITSFTTrainer(SFTTrainer):
     TRL logs, it logs `prompt_loss` and `completion_loss`: the unweighted mean negative log-likelihood per token of each
     region, in nats, over all micro-batches and ranks since the last log. In training a region of weight 0
     is not computed and so not logged. In evaluation `eval_prompt_loss`, `eval_completion_loss` and `eval_loss` are
-    exact means over the evaluation set, whatever the batch size; the first two compare runs with different weights,
-    which losses do not. `eval_loss` is the weighted loss alone, without any auxiliary loss of a Mixture-of-Experts
-    model (`eval_aux_loss`).
+    exact means over the evaluation set, whatever the batch size and the number of ranks (but of a stream on several
+    ranks, with the rows that accelerate fills up the last batch with); the first two compare runs with different
+    weights, which losses do not. `eval_loss` is the weighted loss alone, without any auxiliary loss of a
+    Mixture-of-Experts model (`eval_aux_loss`).
 
     Raises:
         `ValueError`: `compute_loss_func` is passed; the data collator does not return `token_weights`; a row cannot be
@@ -160,6 +161,11 @@ class WITSFTTrainer(SFTTrainer):
             self.data_collator = collator_class(**vars(self.data_collator), **weights)
             if self._is_vision_dataset:
                 self._check_vision_dataset()
+        if (self._splits_sequences or self.get_tp_size() > 1) and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "`average_tokens_across_devices=False` is not supported where ranks share or repeat a sequence "
+                "(tensor, context, sequence parallelism), which would then weigh it differently. Set it to True."
+            )
         if self._splits_sequences:
             check_sequence_parallelism(self.args, self.model, self.accelerator, self._is_vision_dataset)
             if isinstance(self.data_collator, DataCollatorForWIT):  # so that all ranks get as many tokens
@@ -389,8 +395,10 @@ class WITSFTTrainer(SFTTrainer):
             example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
             by_example = terms.new_zeros(len(example_lengths), NUM_TERMS)
             by_example.index_add_(0, example, terms[0, : len(example)])
-        # As accelerate's `gather_for_metrics`, which does not know of repeated batches. Their ranks follow each other.
         repeats, state = self.get_tp_size() * self.get_cp_size(), self.accelerator.gradient_state
+        if state.in_dataloader and state.remainder < 0:  # a stream: what fills up its last batch cannot be told
+            return self.accelerator.reduce(by_example.sum(0)).cpu().double() / repeats
+        # As accelerate's `gather_for_metrics`, which does not know of repeated batches. Their ranks follow each other.
         gathered = self.accelerator.gather(by_example).unflatten(0, (-1, repeats, len(by_example)))[:, 0].flatten(0, 1)
         if state.end_of_dataloader and state.remainder > 0:
             gathered = gathered[: state.remainder]

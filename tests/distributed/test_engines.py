@@ -189,6 +189,14 @@ def test_evaluation_equals_one_process(engine, scenario, two_processes, one_proc
         assert actual[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
+def test_evaluation_of_a_stream_equals_that_of_stored_rows(tmp_path):
+    status, output = launch("ddp", tmp_path, "evaluate_stream:weighted")
+    assert status == 0, output
+    evaluated = results(tmp_path, "weighted")
+    for key in ("eval_loss", "eval_prompt_loss", "eval_completion_loss"):
+        assert evaluated["stream"][key] == pytest.approx(evaluated["stored"][key], rel=1e-6)
+
+
 @pytest.mark.parametrize("engine", SAVING_ENGINES)
 def test_resumed_training_ends_in_the_same_parameters(engine, two_processes):
     folder = two_processes(engine)

@@ -34,6 +34,7 @@ from wit_trl import WITSFTConfig, WITSFTTrainer
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+LORA_WITH_HEAD = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
 # name: (weights, model, arguments of the trainer's configuration, configuration of PEFT)
 SCENARIOS = {
     "weighted": ((0.2, 0.8), "untied", {"save_strategy": "steps", "save_steps": 2}, None),
@@ -51,6 +52,7 @@ SCENARIOS = {
     # With Adam's default, one of its parameters moves by the rounding of a gradient near 0
     "lora": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-6}, LORA),
     "lora_completion_only": ((0.0, 1.0), "tied", {}, LORA),
+    "lora_with_head": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-6}, LORA_WITH_HEAD),
     "qlora": ((0.2, 0.8), "quantized", {"adam_epsilon": 1e-6}, LORA),
 }
 # Set by the launcher: the number of ranks that share a sequence
@@ -168,7 +170,11 @@ def run(folder, scenario, batch_size, accumulation):
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
             parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}
         if trainer.is_world_process_zero() and is_peft_model(trainer.model):
-            adapter = {name.replace(".default", ""): p for name, p in parameters.items() if "lora_" in name}
+            adapter = {
+                name.replace(".default", "").replace(".modules_to_save", ""): parameter
+                for name, parameter in parameters.items()
+                if "lora_" in name or "modules_to_save" in name
+            }
             save_file(adapter, folder / scenario / "adapter_model.safetensors")
         elif trainer.is_world_process_zero():
             trainer._save(str(folder / scenario), state_dict=parameters)
@@ -220,7 +226,18 @@ def run_resumed_from_the_first_checkpoint(folder, scenario):
     run_resumed(folder, scenario, str(folder / scenario / "checkpoint-2"))
 
 
+def run_evaluating_a_stream(folder, scenario):
+    """Evaluates 11 rows as they are stored, and as a stream of two shards, whose last batches differ in size."""
+    trainer = make_trainer(folder, scenario, 2, ACCUMULATION, accelerator_config={"dispatch_batches": False})
+    rows = Dataset.from_list(make_rows(11))
+    datasets = {"stored": rows, "stream": rows.to_iterable_dataset(num_shards=2)}
+    results = {name: trainer.evaluate(dataset) for name, dataset in datasets.items()}
+    (folder / scenario).mkdir(exist_ok=True)
+    write_results(trainer, folder / scenario, **results)
+
+
 RUNS = {
+    "evaluate_stream": run_evaluating_a_stream,
     "kill": run_killed,
     "kill_while_saving": run_killed_while_saving,
     "resume": run_resumed,
