@@ -5,6 +5,10 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
+NO_PROMPT_MESSAGE = (
+    "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no effect. Pass "
+    "prompt/completion or `messages` columns to use both weights."
+)
 REGION_COLUMNS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
 
 

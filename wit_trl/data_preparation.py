@@ -18,7 +18,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from .config import WITSFTConfig
 from .conversation import Conversation, chosen_chat_template, training_chat_template
-from .data_collator import REGION_COLUMNS, token_regions, token_weights
+from .data_collator import NO_PROMPT_MESSAGE, REGION_COLUMNS, token_regions, token_weights
 from .messages import check_answer, check_messages, check_unicode
 
 
@@ -103,7 +103,7 @@ class DataPreparation:
                 tool_template=training_chat_template(processing_class, tools=True),
             )
         elif self.args.dataset_text_field in columns:
-            self.warn_of_no_prompt()
+            logger.warning_once(NO_PROMPT_MESSAGE)
             if "prompt" in columns:  # in which TRL would look for a completion
                 dataset = dataset.remove_columns("prompt")
             function = functools.partial(_check_texts, columns=[self.args.dataset_text_field])
@@ -115,12 +115,6 @@ class DataPreparation:
                 "with `formatting_func`."
             )
         return self.map_rows(dataset, function, "Checking rows")
-
-    def warn_of_no_prompt(self) -> None:
-        logger.warning_once(
-            "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no effect. "
-            "Pass prompt/completion or `messages` columns to use both weights."
-        )
 
     def find_regions(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,

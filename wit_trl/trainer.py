@@ -23,7 +23,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from .config import WITSFTConfig
-from .data_collator import REGION_COLUMNS, DataCollatorForWIT
+from .data_collator import NO_PROMPT_MESSAGE, REGION_COLUMNS, DataCollatorForWIT
 from .data_preparation import DataPreparation, checked_formatting
 from .lm_head import align_with_targets, dequantize_lm_head, weighted_forward
 from .metrics import NUM_TERMS, loss_terms, region_losses, token_metrics
@@ -73,8 +73,9 @@ class WITSFTTrainer(SFTTrainer):
 
     Raises:
         `ValueError`: `compute_loss_func` is passed; the data collator does not return `token_weights`; a row cannot be
-        trained on, or no row leaves a token to train on; sequence or context parallelism is used with packing,
-        padding-free batches, prompt learning or `average_tokens_across_devices=False`.
+        trained on, or no row leaves a token to train on; sequence or context parallelism is used with images,
+        packing, padding-free batches or prompt learning, or one of them or tensor parallelism with
+        `average_tokens_across_devices=False`.
 
     Example:
     ```python
@@ -210,7 +211,7 @@ class WITSFTTrainer(SFTTrainer):
             if formatting_func is None:
                 dataset = preparation.check_rows(dataset, processing_class, self.chat_template)
             else:
-                preparation.warn_of_no_prompt()
+                logger.warning_once(NO_PROMPT_MESSAGE)
                 formatting_func = checked_formatting(formatting_func)
             self.completion_only_loss = True
             whole_args = copy.copy(args)

@@ -13,7 +13,7 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .conversation import Conversation, chosen_chat_template
-from .data_collator import check_weight, set_targets
+from .data_collator import NO_PROMPT_MESSAGE, check_weight, set_targets
 from .messages import check_answer, check_messages
 
 
@@ -101,10 +101,7 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         if columns == ["messages"]:
             self.chat_template = self._training_template
         elif columns == [self.dataset_text_field]:
-            logger.warning_once(
-                "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no "
-                "effect. Pass prompt/completion or `messages` columns to use both weights."
-            )
+            logger.warning_once(NO_PROMPT_MESSAGE)
         rows, row_weights, conversations = [], [], []
         for position, example in enumerate(examples):
             with _naming(position, example, columns):
