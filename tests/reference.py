@@ -47,6 +47,16 @@ def formula_with_data_weights(model, rows, weights):
     return total / count
 
 
+def accuracy_by_region(model, rows):
+    """Share of top-1 predictions among the tokens of each region."""
+    hits = ([], [])
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0]
+        for t in range(1, len(row["input_ids"])):
+            hits[row["completion_mask"][t]].append(int(logits[t - 1].argmax()) == row["input_ids"][t])
+    return [sum(of_region) / len(of_region) for of_region in hits]
+
+
 def token_metrics(model, rows, weights):
     """Mean entropy in nats, and share of top-1 predictions, of the tokens whose weight is not zero."""
     entropies, hits = [], []

@@ -1,3 +1,6 @@
+import json
+
+import numpy as np
 import pytest
 from trl import TrlParser
 
@@ -50,3 +53,16 @@ def test_bf16_defaults_to_what_the_device_has(monkeypatch):
     monkeypatch.setattr("wit_trl.config.is_torch_bf16_gpu_available", lambda: False)
     assert WITSFTConfig().bf16 is False
     assert WITSFTConfig(use_cpu=True).bf16 is True  # as in TRL: bfloat16 autocast runs on CPU when asked for
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.int64(1), 1])
+def test_weight_may_be_any_real_number(number):
+    config = WITSFTConfig(prompt_loss_weight=number, bf16=False)
+    assert config.prompt_loss_weight == number
+    assert json.loads(config.to_json_string())["prompt_loss_weight"] == number
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "messages"])
+def test_text_field_of_another_type_of_data_is_refused(column):
+    with pytest.raises(ValueError, match=rf"`dataset_text_field='{column}'` is not supported.* Rename the column"):
+        WITSFTConfig(dataset_text_field=column)

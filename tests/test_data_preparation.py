@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT
 from wit_trl.conversation import Conversation
-from wit_trl.data_collator import token_weights
+from wit_trl.weights import token_weights
 
 from .conftest import CHAT_TEMPLATES
 from .reference import formula_with_data_weights, tokenize
@@ -399,3 +399,64 @@ def test_collator_takes_weights_of_rows_and_tokens():
     assert batch["labels"].tolist() == [[-100, 12, -100, 14], [-100, 16, -100, -100]]
     flat = DataCollatorForWIT(pad_token_id=0, padding_free=True, pad_to_multiple_of=4)(examples)
     torch.testing.assert_close(flat["token_weights"], torch.tensor([[0, 0.05, 0, 1.2, 0, 1.6, 0, 0]]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("columns", [["prompt", "completion"], ["messages"], ["text"]])
+def test_columns_of_tokens_beside_rows_without_tokens_mean_nothing(
+    columns, streaming, prompt_completion, messages, make_model, tokenizer, config_kwargs
+):
+    data = messages if columns == ["messages"] else prompt_completion
+    if columns == ["text"]:
+        data = prompt_completion.map(lambda row: {"text": row["completion"]}).select_columns("text")
+    data = data.select(range(4))
+    stray = data.to_list()
+    for number, row in enumerate(stray):
+        row |= {"completion_mask": [1], "attention_mask": [0, 1], "turn_weights": [2.0], "truncated": True}
+        row |= {"labels": number, "assistant_masks": None} if number else {}
+    stream = IterableDataset.from_generator(lambda: iter(stray))
+    prepared = []
+    for dataset in (data, stream if streaming else Dataset.from_list(stray)):
+        trainer = make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=dataset)
+        names = ("input_ids", "completion_mask", "token_weights", "truncated")
+        prepared.append([[row[name] for name in names] for row in trainer.train_dataset])
+    assert prepared[0] == prepared[1]
+
+
+@pytest.mark.parametrize("name", ["test", "train"])
+def test_assistant_only_loss_holds_for_an_evaluation_set_of_pairs(name, messages, make_model, tokenizer, config_kwargs):
+    turns = [{"role": "user", "content": "Sum?"}, {"role": "assistant", "content": "It is 3."}]
+    pairs = Dataset.from_list([{"prompt": turns[:1], "completion": [turns[1], *turns]}])
+    config_kwargs |= {"assistant_only_loss": True, "max_length": None}
+    trainer = make_trainer(
+        make_model, tokenizer, None, config_kwargs, train_dataset=messages, eval_dataset={name: pairs}
+    )
+    expected = "It is 3.<|eot_id|>" * 2  # without the question in between
+    assert completions(trainer, tokenizer, trainer.eval_dataset[name]) == [expected]
+    assert "<|start_header_id|>" not in completions(trainer, tokenizer)[0]
+
+
+def test_training_set_that_is_evaluated_too_keeps_its_rows_there(make_model, tokenizer, config_kwargs):
+    data = Dataset.from_list([{"prompt": "a" * 200, "completion": "b"}, {"prompt": "a", "completion": "b"}])
+    config_kwargs |= {"max_length": 20}
+    trainer = make_trainer(
+        make_model, tokenizer, None, config_kwargs, (0, 1), train_dataset=data, eval_dataset={"train": data}
+    )
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset["train"])) == (1, 2)
+
+
+def test_empty_stream_is_refused(make_model, tokenizer, config_kwargs):
+    empty = IterableDataset.from_generator(lambda: iter(()))
+    with pytest.raises(ValueError, match=r"`train_dataset` is empty\. Check the file"):
+        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=empty)
+
+
+def test_tool_call_without_content_on_a_template_without_tools_is_explained(make_model, tokenizer, config_kwargs):
+    tokenizer.chat_template = PLAIN_TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }}")
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    rows = [{"messages": [{"role": "user", "content": "Sum?"}, call]}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(
+        ValueError, match=r"tool calls.* (`chat_template_path`).*|Choose a template that supports tools"
+    ):
+        list(make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=stream).train_dataset)

@@ -1,42 +1,17 @@
-"""The numbers of the summary against plain loops, and the rows against their text."""
+"""The rows that `wit-trl inspect` shows, against their text."""
 
-import io
-import math
 import re
 import subprocess
 import sys
 
 import pytest
-import torch
-from datasets import Dataset, IterableDataset
-from rich.console import Console
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from wit_trl import WITSFTConfig, WITSFTTrainer
-from wit_trl.inspection import show_row
-from wit_trl.summary import lengths_by_region, plot_lengths, summarize
+from wit_trl import WITSFTConfig, WITSFTTrainer, inspection
 
-
-@pytest.fixture
-def rows():
-    """Rows of 1 to 40 tokens with prompts of any length; some end with padding."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in [1, 2, 3, 16, 17, 40, 40, *torch.randint(1, 41, (30,), generator=generator).tolist()]:
-        prompt = int(torch.randint(0, length + 1, (), generator=generator))
-        row = {
-            "input_ids": torch.randint(6, 500, (length,), generator=generator).tolist(),
-            "completion_mask": [0] * prompt + [1] * (length - prompt),
-            "attention_mask": [1] * length,
-        }
-        if length > 20:
-            row["attention_mask"][-2:] = [0, 0]
-        rows.append(row)
-    # A completion of which `keep_end` leaves one token, which then nothing predicts
-    rows.append({"input_ids": [9] * 18, "completion_mask": [0, 1, 1] + [0] * 15, "attention_mask": [1] * 18})
-    assert {0, 1} == {mask for row in rows for mask in row["completion_mask"]}
-    return rows
+from .test_report import text_of
 
 
 @pytest.fixture
@@ -50,196 +25,6 @@ def make_trainer(make_model, tokenizer, config_kwargs):
         )
 
     return make
-
-
-def loops(trainer):
-    """The counts of the summary, from what the collator returns for each row that is trained on."""
-    tokens, nonzero, weight = {0: 0, 1: 0, -100: 0}, {0: 0, 1: 0, -100: 0}, {0: 0.0, 1: 0.0, -100: 0.0}
-    for row in trainer.train_dataset:
-        batch = trainer.data_collator([row])
-        regions, weights = batch["completion_mask"][0].tolist(), batch["token_weights"][0].tolist()
-        for region, token_weight in zip(regions, weights, strict=True):
-            tokens[region] += 1
-            nonzero[region] += token_weight != 0
-            weight[region] += token_weight
-    return tokens, nonzero, weight
-
-
-@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
-@pytest.mark.parametrize("weights", [(0.2, 0.8), (0.0, 0.7), (0.3, 0.0), (1.0, 1.0)])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"max_length": None},
-        {"max_length": 16},
-        {"max_length": 16, "truncation_mode": "keep_end"},
-        {"max_length": 16, "packing": True},
-        {"max_length": 16, "packing": True, "packing_strategy": "bfd_split"},
-        {"max_length": 16, "packing": True, "packing_strategy": "wrapped"},
-        {"max_length": 16, "packing": True, "truncation_mode": "keep_end"},
-    ],
-)
-def test_counts_equal_plain_loops(arguments, weights, rows, make_trainer):
-    prompt_weight, completion_weight = weights
-    trainer = make_trainer(
-        Dataset.from_list(rows), prompt_loss_weight=prompt_weight, completion_loss_weight=completion_weight, **arguments
-    )
-    summary = summarize(trainer._whole_train_rows, trainer.train_dataset, trainer.args)
-
-    tokens, nonzero, weight = loops(trainer)
-    assert (summary.rows, summary.partial) == (len(trainer.train_dataset), False)
-    assert summary.tokens == tokens
-    assert summary.nonzero == nonzero
-    assert summary.weight == pytest.approx(weight, rel=1e-6)
-    # The gradient of a completion token: its weight over the divisor, here and with the weights (0, 1)
-    assert summary.gradient_scale == pytest.approx((completion_weight / sum(nonzero.values())) / (1 / tokens[1]))
-
-    truncated = lost = with_target = 0
-    limit = arguments["max_length"] or 10**9
-    for row in rows:
-        regions = [m if a else -100 for m, a in zip(row["completion_mask"], row["attention_mask"], strict=True)]
-        kept = regions
-        if arguments.get("packing_strategy") is None and len(regions) > limit:
-            truncated += 1
-            keeps_end = arguments.get("truncation_mode") == "keep_end" and not arguments.get("packing")
-            kept = regions[-limit:] if keeps_end else regions[:limit]
-        lost += 1 in regions[1:] and 1 not in kept[1:]
-        with_target += any(weights[region] for region in kept[1:] if region != -100)
-    assert (summary.truncated, summary.without_completion) == (truncated, lost)
-    if limit == 16 and "packing_strategy" not in arguments:
-        assert truncated > 5
-        assert lost > 0 or "truncation_mode" in arguments
-    if arguments.get("packing") or arguments["max_length"] is None:
-        assert summary.dropped == 0
-    else:
-        assert summary.dropped == len(rows) - with_target > 0
-
-
-@pytest.mark.parametrize("weights", [(0.2, 0.8), (0.0, 0.8)])
-def test_weights_in_the_data_multiply(weights, rows):
-    for row in rows:
-        del row["attention_mask"]
-        row["token_weights"] = [(0.0, 0.5, 2.0)[token % 3] for token in row["input_ids"]]
-    args = WITSFTConfig(prompt_loss_weight=weights[0], completion_loss_weight=weights[1], bf16=False, max_length=None)
-    data = Dataset.from_list(rows)
-    summary = summarize(data, data, args)
-    targets = [
-        (region, weight)
-        for row in rows
-        for region, weight in list(zip(row["completion_mask"], row["token_weights"], strict=True))[1:]
-    ]
-    for region in (0, 1):
-        of_region = [weights[region] * weight for r, weight in targets if r == region]
-        assert summary.tokens[region] == len(of_region)
-        assert summary.nonzero[region] == sum(weight != 0 for weight in of_region)
-        assert summary.weight[region] == pytest.approx(math.fsum(of_region))
-    divisor = sum(weights[region] * weight != 0 for region, weight in targets)
-    conventional = sum(region * weight != 0 for region, weight in targets)
-    assert summary.gradient_scale == pytest.approx(weights[1] * conventional / divisor)
-    assert (summary.truncated, summary.without_completion, summary.dropped) == (0, 0, 0)
-
-
-def test_of_a_stream_the_first_rows_are_counted(rows, make_trainer):
-    dataset = IterableDataset.from_generator(lambda: (row for _ in range(50) for row in rows))
-    trainer = make_trainer(dataset, max_length=16)
-    summary = summarize(trainer._whole_train_rows, trainer.train_dataset, trainer.args)
-    assert (summary.rows, summary.partial, summary.dropped) == (1000, True, None)
-    first = list(trainer.train_dataset.take(1000))
-    assert sum(summary.tokens.values()) == sum(len(row["input_ids"]) for row in first)
-    whole = [rows[i % len(rows)] for i in range(1000)]
-    assert summary.truncated == sum(len(row["input_ids"]) > 16 for row in whole)
-    assert "the first 1,000 rows" in text_of(summary)
-
-
-def text_of(renderable):
-    console = Console(file=io.StringIO(), width=80)
-    console.print(renderable)
-    return console.file.getvalue()
-
-
-def with_weights(*masks):
-    """A data set of rows of these regions, as the trainer prepares it."""
-    return Dataset.from_dict({"completion_mask": masks, "token_weights": [[1.0] * len(mask) for mask in masks]})
-
-
-def test_table():
-    dataset = with_weights([0] * 5 + [1] * 5, [0, 0, 1, 1])
-    args = WITSFTConfig(prompt_loss_weight=0.25, completion_loss_weight=0.5, max_length=5, bf16=False)
-    cut = with_weights([0] * 5, [0, 0, 1, 1])
-    lines = [line.split() for line in text_of(summarize(dataset, cut, args)).splitlines()]
-    for line in (
-        "prompt 0.25 5 55.6% 55.6%",
-        "completion 0.5 2 22.2% 44.4%",
-        "never a target 0 2 22.2% 0.0%",
-        "all 9 100.0% 100.0%",
-        "of zero weight 2 22.2% 0.0%",
-        "completion tokens to a prompt token 0.4",
-        "gradient of the completion against conventional tuning * x 0.143",  # 0.5 * 2 / 7
-        "weights in the data none",
-        "rows truncated 1",
-        "rows with no completion left 1",
-        "rows dropped 0",
-    ):
-        assert line.split() in lines
-
-
-def test_data_set_without_prompt_or_completion():
-    args = WITSFTConfig(bf16=False, max_length=None)
-    for region in (0, 1):
-        dataset = with_weights([region] * 2, [], [region])
-        summary = summarize(dataset, dataset, args)
-        assert summary.tokens == {0: 0, 1: 0, -100: 2} | {region: 1}
-        assert summary.gradient_scale == (0.8 if region else None)
-        assert "-" in text_of(summary)
-
-
-def test_training_starts_with_the_table_in_plain_text(rows, make_trainer, capsys):
-    trainer = make_trainer(Dataset.from_list(rows), max_steps=1, max_length=16)
-    assert "What is weighted" not in capsys.readouterr().out
-    trainer.train()
-    output = capsys.readouterr().out
-    assert output.count(f"What is weighted in {len(trainer.train_dataset)} rows") == 1
-    assert "\x1b" not in output
-    assert output.index("rows truncated") < output.index("'loss'")
-
-
-def test_rows_without_completion_and_weights_in_the_data_are_told(make_trainer, capsys, caplog):
-    rows = [{"prompt": "What? " * length, "completion": "That.", "weight": 0.5 * length} for length in (1, 2, 30)]
-    trainer = make_trainer(Dataset.from_list(rows), max_steps=1, max_length=16)
-    trainer.train()
-    assert "Rows with no completion left within `max_length=16`: 1. They train" in caplog.text
-    assert re.search(r"weights in the data +0\.5 to 15", capsys.readouterr().out)
-
-
-def test_training_on_an_output_that_encodes_ascii_alone(rows, make_trainer, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    make_trainer(Dataset.from_list(rows), max_steps=1).train()
-    sys.stdout.flush()
-    assert b"What is weighted" in sys.stdout.buffer.getvalue()
-
-
-def test_no_table_where_the_weights_or_the_tokens_are_not_known(rows, make_trainer, capsys):
-    trainer = make_trainer(Dataset.from_list(rows), max_steps=1)
-    collator = trainer.data_collator
-    trainer.data_collator = lambda examples: collator(examples)
-    trainer.train()
-
-    def transform(batch):
-        return {"input_ids": [[7, 8, 9]] * len(batch["index"]), "completion_mask": [[0, 0, 1]] * len(batch["index"])}
-
-    dataset = Dataset.from_dict({"index": range(8)}).with_transform(transform)
-    kwargs = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
-    make_trainer(dataset, max_steps=1, **kwargs).train()
-    assert "What is weighted" not in capsys.readouterr().out
-
-
-def test_lengths_by_region_and_their_histogram(rows):
-    prompt, completion = lengths_by_region(with_weights(*(row["completion_mask"] for row in rows)))
-    assert prompt.tolist() == [row["completion_mask"].count(0) for row in rows]
-    assert completion.tolist() == [row["completion_mask"].count(1) for row in rows]
-    packed = with_weights([0, 1, 0, 0, 1]).add_column("seq_lengths", [[2, 3]])
-    assert [lengths.tolist() for lengths in lengths_by_region(packed)] == [[1, 2], [1, 1]]
-    assert plot_lengths(prompt, completion).startswith(b"\x89PNG")
 
 
 TEXTS = [
@@ -274,6 +59,11 @@ def byte_tokenizer(request):
         state = tokenizer.to_str().replace('"special":true', '"special":false')
         tokenizer = Tokenizer.from_str(state)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def show_row(trainer, row):
+    weights = (trainer.args.prompt_loss_weight, trainer.args.completion_loss_weight)
+    return inspection.show_row(row, trainer.processing_class, weights)
 
 
 def unmarked(text):

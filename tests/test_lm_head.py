@@ -1,8 +1,13 @@
+import contextlib
+
+import pytest
 import torch
 import torch.nn.functional as F
+from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 
-from wit_trl.lm_head import _OnePassKernel, weighted_forward
+from wit_trl import weighted_linear_cross_entropy
+from wit_trl.lm_head import _WeightedKernel, prepare_lm_head, weighted_forward
 
 
 def test_sum_of_weighted_log_probs_has_the_gradient_of_trl():
@@ -10,13 +15,13 @@ def test_sum_of_weighted_log_probs_has_the_gradient_of_trl():
     weights = torch.tensor([[0.0, 0.2, 0.8, 0.0], [0.0, 0.0, 0.8, 0.2]])
     targets = torch.randint(11, (6,))
     results = []
-    for kernel in (_OnePassKernel(weights, weights != 0), utils._ChunkedLogProbFunction):
+    for kernel in (_WeightedKernel(weights[:, 1:], weights[:, 1:] != 0), ChunkedLogProbFunction.apply):
         torch.manual_seed(1)
         hidden_states, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
-        log_probs, entropy, _, _, is_top1 = kernel.apply(
+        log_probs, entropy, _, _, is_top1 = kernel(
             hidden_states, weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy", "is_top1")
         )
-        if kernel is utils._ChunkedLogProbFunction:
+        if kernel == ChunkedLogProbFunction.apply:
             mask = (weights[:, 1:] != 0).reshape(-1)
             log_probs, entropy, is_top1 = log_probs * weights[:, 1:].reshape(-1), entropy * mask, is_top1 & mask
         (-3.0 * log_probs.sum()).backward()
@@ -28,6 +33,7 @@ def test_sum_of_weighted_log_probs_has_the_gradient_of_trl():
 def test_shift_labels_take_the_weights_of_their_position(head, make_model):
     model = make_model()
     utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    prepare_lm_head(model)
     torch.manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (2, 7))
     weights = torch.tensor([0.2, 0.8, 0.0])[torch.randint(3, (2, 7))]
@@ -40,3 +46,42 @@ def test_shift_labels_take_the_weights_of_their_position(head, make_model):
         torch.testing.assert_close(shifted_outputs.log_probs[:, :-1], outputs.log_probs)
     torch.testing.assert_close(shifted_outputs.log_probs.sum(), outputs.log_probs.sum())
     torch.testing.assert_close(shifted_nll[:, :-1], nll)
+
+
+class HeadOfFSDP(torch.nn.Linear):
+    """A head in a group of its own, as `fully_shard` makes it."""
+
+    gathered = False
+
+    def unshard(self):
+        self.gathered = True
+
+    def reshard(self):
+        self.gathered = False
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_gathered_head_is_freed_where_no_backward_pass_will(fails, training, make_model, monkeypatch):
+    monkeypatch.setattr("wit_trl.lm_head.FSDPModule", HeadOfFSDP)
+    model = make_model()
+    model.lm_head = head = HeadOfFSDP(model.config.hidden_size, model.config.vocab_size, bias=False)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    prepare_lm_head(model)
+    seen = []
+
+    def kernel(*args, **kwargs):
+        seen.append(head.gathered)
+        if fails:
+            raise RuntimeError("out of memory")
+        return weighted_linear_cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("wit_trl.lm_head.weighted_linear_cross_entropy", kernel)
+    input_ids = torch.arange(6)[None]
+    weights = torch.ones(1, 6)
+    with torch.set_grad_enabled(training), pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        weighted_forward(model, {"input_ids": input_ids, "labels": input_ids}, weights)
+    assert seen == [True]
+    assert head.gathered == (training and not fails)
+    assert model.get_output_embeddings() is head
+    assert head.gathered == (training and not fails)  # whoever else asks for the head gathers nothing

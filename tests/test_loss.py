@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from trl.kernels import ChunkedLogProbFunction
 
-import wit_trl.loss
 from wit_trl import weighted_linear_cross_entropy, wit_loss
+from wit_trl.kernels import one_pass
 
 
 def batch(dtype=torch.float64):
@@ -116,8 +116,8 @@ def relative_error(value, expected):
 # All tokens in one chunk; three tokens a chunk; one token a chunk and less than a row a block
 @pytest.fixture(params=[(1 << 28, 1 << 21), (3 * VOCAB * 4, 1 << 21), (1, 1)])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(wit_trl.loss, "_CHUNK_BYTES", request.param[0])
-    monkeypatch.setattr(wit_trl.loss, "_BLOCK_BYTES", request.param[1])
+    monkeypatch.setattr(one_pass, "_CHUNK_BYTES", request.param[0])
+    monkeypatch.setattr(one_pass, "_BLOCK_BYTES", request.param[1])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -225,3 +225,37 @@ def test_second_backward_raises():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="formed once and was already used"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top1_is_the_first_of_equal_logits_as_in_trl(dtype):
+    inputs, targets, _ = head_inputs(40, dtype, bias=False)
+    hidden_states, weight = (x.detach().clone() for x in inputs)
+    weight[7:30] = weight[3]  # many tokens with the same logit
+    hidden_states[:20] = weight[3] * 4  # which is the largest one here
+    hidden_states[20:25] = 0  # all are equal
+    targets[:10], targets[10:20], targets[20:25] = 3, 11, 0
+    output = weighted_linear_cross_entropy(hidden_states, weight, targets, torch.ones(40))
+    expected = ChunkedLogProbFunction.apply(hidden_states, weight, None, targets, 1.0, 32768, None, 1.0, ("is_top1",))[
+        4
+    ]
+    assert torch.equal(output.is_top1, expected)
+    assert output.is_top1[:10].all()
+    assert not output.is_top1[10:20].any()
+    assert output.is_top1[20:25].all()
+
+
+def test_kernel_of_trl_equals_the_one_pass_kernel(monkeypatch):
+    results = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr("wit_trl.loss._ONE_PASS_DEVICES", devices)
+        inputs, targets, token_weights = head_inputs(50)
+        scored = (token_weights != 0) | (torch.arange(50) % 3 == 0)
+        targets[~scored] = -100
+        output = weighted_linear_cross_entropy(
+            *inputs[:2], targets.clamp(min=0) if devices else targets, token_weights, bias=inputs[2], scored=scored
+        )
+        (3 * output.loss).backward()
+        results.append([*output, *(x.grad for x in inputs)])
+    for one_pass_result, trl_result in zip(*results, strict=True):
+        torch.testing.assert_close(trl_result, one_pass_result)

@@ -166,3 +166,36 @@ def test_saved_adapter_loads_onto_its_base(train, make_model, tmp_path):
     loaded = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
     ids = torch.arange(5, 15)[None]
     torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_adapter_on_embeddings_that_the_head_shares_is_refused(train, make_model):
+    model = make_model(tie_word_embeddings=True)
+    peft_config = LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]}, task_type="CAUSAL_LM"
+    )
+    with pytest.raises(
+        ValueError, match=r"`trainable_token_indices` is not supported .* shares the weight.* Remove it"
+    ):
+        train(model, peft_config=peft_config)
+
+
+def test_template_that_adds_tokens_with_lora_is_refused_for_a_tied_head(
+    make_model, rows, tokenizer, config_kwargs, tmp_path
+):
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    chat.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    chat.save_pretrained(tmp_path / "chat")
+    for tied in (True, False):
+        arguments = {
+            "model": make_model(tie_word_embeddings=tied),
+            "args": WITSFTConfig(**config_kwargs, chat_template_path=str(tmp_path / "chat")),
+            "train_dataset": Dataset.from_list(rows),
+            "processing_class": AutoTokenizer.from_pretrained(tmp_path / "chat") if False else tokenizer,
+            "peft_config": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        }
+        if tied:
+            with pytest.raises(ValueError, match="`trainable_token_indices` is not supported"):
+                WITSFTTrainer(**arguments)
+        else:
+            WITSFTTrainer(**arguments).train()

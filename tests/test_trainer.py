@@ -3,6 +3,7 @@
 import inspect
 import json
 import resource
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,13 +13,21 @@ from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from peft import PromptTuningConfig
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT, WITSFTConfig, WITSFTTrainer
 from wit_trl.conversation import Conversation
+from wit_trl.data_preparation import DataPreparation
 
-from .reference import formula, token_metrics, tokenize
+from .reference import accuracy_by_region, formula, token_metrics, tokenize
 from .training import WEIGHTS, StepRecorder, make_trainer
 
 
@@ -89,6 +98,9 @@ def test_evaluation_is_exact_for_every_batch_size(
     entropy, accuracy = token_metrics(make_model().double(), rows, weights)
     assert metrics["eval_entropy"] == pytest.approx(entropy, rel=1e-6)
     assert metrics["eval_mean_token_accuracy"] == pytest.approx(accuracy)
+    prompt_accuracy, completion_accuracy = accuracy_by_region(make_model().double(), rows)
+    assert metrics["eval_prompt_mean_token_accuracy"] == pytest.approx(prompt_accuracy)
+    assert metrics["eval_completion_mean_token_accuracy"] == pytest.approx(completion_accuracy)
 
 
 def test_padding_free_and_packed_evaluation_equal_the_padded_one(head, rows, make_model, tokenizer, config_kwargs):
@@ -118,9 +130,10 @@ def test_metrics_of_trl_do_not_change(head, rows, make_model, tokenizer, config_
         assert metrics[key] == pytest.approx(expected_metrics[key], rel=1e-6)
     trainer.train()
     expected.train()
-    assert set(trainer.evaluate()) == set(expected.evaluate()) | {"eval_prompt_loss", "eval_completion_loss"}
+    by_region = {f"{region}_{name}" for region in ("prompt", "completion") for name in ("loss", "mean_token_accuracy")}
+    assert set(trainer.evaluate()) == set(expected.evaluate()) | {f"eval_{name}" for name in by_region}
     logged, expected_logged = trainer.state.log_history[-3], expected.state.log_history[-3]
-    assert set(logged) == set(expected_logged) | {"completion_loss"}
+    assert set(logged) == set(expected_logged) | {"completion_loss", "completion_mean_token_accuracy"}
     for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
         assert logged[key] == pytest.approx(expected_logged[key], rel=1e-6)
 
@@ -206,6 +219,9 @@ def test_metrics_cover_the_logging_interval(head, logging_steps, rows, make_mode
         entropy, accuracy = token_metrics(make_model().double(), seen, WEIGHTS)
         assert logs["entropy"] == pytest.approx(entropy, rel=1e-6)
         assert logs["mean_token_accuracy"] == pytest.approx(accuracy)
+        prompt_accuracy, completion_accuracy = accuracy_by_region(make_model().double(), seen)
+        assert logs["prompt_mean_token_accuracy"] == pytest.approx(prompt_accuracy)
+        assert logs["completion_mean_token_accuracy"] == pytest.approx(completion_accuracy)
         assert logs["num_tokens"] == sum(len(row["input_ids"]) for row in rows[: (i + 1) * size])
 
 
@@ -301,10 +317,12 @@ def long_prompts(tokenizer, count=3):
 def test_prompt_that_fills_max_length_still_trains_its_prompt(tokenized, make_model, tokenizer, config_kwargs):
     config_kwargs |= {"max_length": 15}
     rows = long_prompts(tokenizer)
+    rows.append({"input_ids": [7] * 10, "completion_mask": [0] * 8 + [1] * 2})  # the only one with a completion left
     if not tokenized:
         rows = [{"prompt": tokenizer.decode(row["input_ids"]), "completion": " And more."} for row in rows]
+        rows[3] = {"prompt": "And", "completion": " more."}
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
-    assert trainer.train_dataset["completion_mask"][:] == [[0] * 15] * 3
+    assert trainer.train_dataset["completion_mask"][:3] == [[0] * 15] * 3
     before = trainer.model.get_input_embeddings().weight.detach().clone()
     trainer.train()
     assert not torch.equal(trainer.model.get_input_embeddings().weight, before)
@@ -339,9 +357,26 @@ def test_nothing_left_to_train_on_is_refused(packing, streaming, make_model, tok
         )
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_completion_left_is_refused_though_prompts_have_a_weight(
+    packing, streaming, make_model, tokenizer, config_kwargs
+):
+    config_kwargs |= {"max_length": 15, "packing": packing}
+    data = Dataset.from_list([*long_prompts(tokenizer), {"input_ids": [7] * 5, "completion_mask": [0] * 5}])
+    if streaming:
+        data = data.to_iterable_dataset()
+    arguments = (make_model, tokenizer, None, config_kwargs)
+    with pytest.raises(
+        ValueError, match=r"No row .* completion left to train on: 3 of 4 rows were lost to `max_length=15`.* Raise"
+    ):
+        make_trainer(*arguments, train_dataset=data)
+    make_trainer(*arguments, (0.2, 0), train_dataset=data)
+
+
 def test_plain_text_warns_that_there_is_no_prompt(make_model, tokenizer, config_kwargs, caplog):
     text = Dataset.from_dict({"text": ["An example of a text.", "And another one."]})
-    logging_once = inspect.getmodule(WITSFTTrainer).logger.warning_once
+    logging_once = inspect.getmodule(DataPreparation).logger.warning_once
     logging_once.cache_clear()
     for _ in range(2):
         make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=text, eval_dataset=text)
@@ -424,6 +459,47 @@ def test_collator_that_contradicts_the_weights_is_refused(rows, make_model, toke
         )
 
 
+@pytest.mark.parametrize("changed", ["args", "data_collator"])
+def test_weights_that_are_changed_later_are_refused(changed, rows, make_model, tokenizer, config_kwargs):
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, eval_dataset=Dataset.from_list(rows))
+    getattr(trainer, changed).prompt_loss_weight = 0.9
+    for function in (trainer.train, trainer.evaluate, trainer.weight_report, trainer.create_model_card):
+        with pytest.raises(ValueError, match=r"contradict those of the `WITSFTConfig`.* make a new trainer"):
+            function()
+
+
+def test_two_trainers_in_two_threads_keep_their_losses(rows, make_model, tokenizer, config_kwargs, tmp_path):
+    def make(weights):
+        output = {"output_dir": str(tmp_path / str(weights)), "max_steps": 8}
+        return make_trainer(make_model, tokenizer, rows, config_kwargs | output, weights)
+
+    def losses(trainer):
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    def plain():
+        args = SFTConfig(completion_only_loss=True, train_sampling_strategy="sequential", **config_kwargs)
+        return SFTTrainer(make_model(), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+    together = [make((0.2, 0.8)), make((1.0, 0.1)), plain()]
+    threads = [threading.Thread(target=trainer.train) for trainer in together]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = [make((0.2, 0.8)), make((1.0, 0.1)), plain()]
+    for trainer, expected in zip(together, alone, strict=True):
+        expected.train()
+        assert losses(trainer) == pytest.approx(losses(expected), rel=1e-6)
+    first, _ = formula(make_model().double(), rows[:4], (0, 1))
+    assert losses(alone[2])[0] == pytest.approx(first.item(), rel=1e-5)  # TRL's own kernel, after all of ours
+
+
+def test_encoder_decoder_is_refused(rows, tokenizer, config_kwargs):
+    config = T5Config(vocab_size=500, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="`T5ForConditionalGeneration` is an encoder-decoder"):
+        make_trainer(None, tokenizer, rows, config_kwargs, model=T5ForConditionalGeneration(config))
+
+
 def test_own_collator_weighs_tokens_by_its_own_rule(rows, make_model, tokenizer, config_kwargs):
     def collator(examples):
         batch = DataCollatorForWIT(pad_token_id=0)(examples)
@@ -484,7 +560,7 @@ def test_zero3_without_reduce_scatter_under_sequence_parallelism_is_refused(
 ):
     zero_config = {"stage": 3, "reduce_scatter": False}
     in_parallel(SimpleNamespace(deepspeed_config={"zero_optimization": zero_config}), sp_size=2)
-    monkeypatch.setattr("wit_trl.sequence_parallel.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("wit_trl.parallel.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match=r"`reduce_scatter: false` is not supported .* Remove it from the DeepSpeed"):
         make_trainer(make_model, tokenizer, rows, config_kwargs)
 
@@ -657,6 +733,17 @@ def test_resumed_training_ends_in_the_same_parameters(rows, make_model, tokenize
     for parameter, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(parameter, expected)
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"][-1]["step"] == 4
+
+
+def test_resuming_with_other_weights_is_told(rows, make_model, tokenizer, config_kwargs, tmp_path, caplog):
+    config_kwargs |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(make_model, tokenizer, rows, config_kwargs).train()
+    for weights, told in (((0.2, 0.8), False), ((0.5, 0.8), True)):
+        caplog.clear()
+        trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | {"max_steps": 2}, weights)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        message = "was trained with {'prompt_loss_weight': 0.2}, and is resumed with {'prompt_loss_weight': 0.5}"
+        assert (message in caplog.text) == told
 
 
 def test_full_disk_while_saving_leaves_the_checkpoint_before(rows, make_model, tokenizer, config_kwargs, tmp_path):

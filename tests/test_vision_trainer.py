@@ -364,7 +364,7 @@ def test_training_starts_with_the_table(llava, llava_rows, config_kwargs, capsys
 
 
 def test_rows_of_a_larger_set_are_counted_in_part(llava, llava_rows, config_kwargs, monkeypatch, capsys):
-    monkeypatch.setattr("wit_trl.summary.IMAGE_ROWS", 2)
+    monkeypatch.setattr("wit_trl.trainer.IMAGE_ROWS", 2)
     make_trainer("llava", llava, llava_rows, config_kwargs | {"max_steps": 1}).train()
     assert "What is weighted in the first 2 rows" in capsys.readouterr().out
 

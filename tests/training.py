@@ -23,10 +23,12 @@ class StepRecorder(TrainerCallback):
             self.logs.append(dict(logs))
 
 
-def make_trainer(make_model, tokenizer, rows, config_kwargs, weights=WEIGHTS, model=None, **kwargs):
+def make_trainer(
+    make_model, tokenizer, rows, config_kwargs, weights=WEIGHTS, model=None, trainer_class=WITSFTTrainer, **kwargs
+):
     prompt_loss_weight, completion_loss_weight = weights
     kwargs.setdefault("train_dataset", Dataset.from_list(rows))
-    return WITSFTTrainer(
+    return trainer_class(
         model=model or make_model(),
         args=WITSFTConfig(
             prompt_loss_weight=prompt_loss_weight,

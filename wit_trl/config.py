@@ -1,10 +1,23 @@
+"""`WITSFTConfig`: the two weights, and what contradicts them."""
+
+import dataclasses
 import math
+import numbers
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.distributed import get_world_size, is_initialized
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
+
+from ._upstream import get_config_model_id
+from .data_collator import DataCollatorForWIT
+from .vision_data_collator import DataCollatorForVisionLanguageWIT
+
+
+_COLUMNS_OF_OTHER_TYPES = ("prompt", "completion", "messages", "conversations", "input_ids")
 
 
 @dataclass
@@ -20,6 +33,8 @@ class WITSFTConfig(SFTConfig):
             Weight of a prompt token in the loss, λp in the paper. The paper advises 0 to 0.5.
         completion_loss_weight (`float`, *optional*, defaults to `0.8`):
             Weight of a completion token in the loss, λr (response) in the paper. The paper advises 0.5 to 1.
+        print_weight_report (`bool`, *optional*, defaults to `True`):
+            Whether training starts with a table of what is weighted, and with warnings of what is odd in it.
 
     One default differs from [`~trl.SFTConfig`]: where the device has no bfloat16, `bf16` left unset means `False`,
     while TRL asks for `bf16=False` or `use_cpu=True`.
@@ -29,7 +44,8 @@ class WITSFTConfig(SFTConfig):
     Raises:
         `ValueError`: a weight is negative or not finite; both are zero; `completion_only_loss` contradicts them (`True`
         needs a prompt weight of 0, `False` two equal weights); `loss_type` is not `"nll"`; `label_smoothing_factor` is
-        not 0; several processes were launched without a device for each.
+        not 0; `dataset_text_field` is a column that makes another type of data set; several processes were launched
+        without a device for each.
     """
 
     prompt_loss_weight: float = field(
@@ -39,6 +55,10 @@ class WITSFTConfig(SFTConfig):
     completion_loss_weight: float = field(
         default=0.8,
         metadata={"help": "Weight of a completion token in the loss (the paper's λr, advised range 0.5 to 1)."},
+    )
+    print_weight_report: bool = field(
+        default=True,
+        metadata={"help": "Whether training starts with a table of what is weighted, and warnings of what is odd."},
     )
 
     def __post_init__(self):
@@ -53,8 +73,9 @@ class WITSFTConfig(SFTConfig):
             )
         for name in ("prompt_loss_weight", "completion_loss_weight"):
             weight = getattr(self, name)
-            if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
                 raise ValueError(f"`{name}` is {weight!r}, but a weight must be a finite number that is not negative.")
+            setattr(self, name, float(weight))  # numpy's numbers cannot be written to JSON
         prompt, completion = self.prompt_loss_weight, self.completion_loss_weight
         if prompt == completion == 0:
             raise ValueError(
@@ -82,3 +103,49 @@ class WITSFTConfig(SFTConfig):
                 f"`label_smoothing_factor={self.label_smoothing_factor}` is not supported: the weighted loss has no "
                 "smoothed form. Set it to 0 (the default)."
             )
+        if self.dataset_text_field in _COLUMNS_OF_OTHER_TYPES:
+            raise ValueError(
+                f"`dataset_text_field={self.dataset_text_field!r}` is not supported: a column of this name is no plain "
+                "text to TRL. Rename the column, for example to `text`."
+            )
+
+    @classmethod
+    def of(cls, args: TrainingArguments | None, model: "str | PreTrainedModel") -> "WITSFTConfig":
+        """
+        Returns other arguments of a training with the default weights; without any, an output folder named after the
+        model. A [`WITSFTConfig`] comes back as it is.
+
+        Raises:
+            `ValueError`: `args` has fields that this class has not.
+        """
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            return cls(f"{model_name.split('/')[-1]}-WIT")
+        if isinstance(args, cls):
+            return args
+        fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+        if added := fields.keys() - {f.name for f in dataclasses.fields(cls)}:
+            raise ValueError(
+                f"`args` is a `{type(args).__name__}` with fields of its own, {sorted(added)}. Make it a subclass of "
+                "`WITSFTConfig`."
+            )
+        return cls(**fields)
+
+
+def loss_weights(args: WITSFTConfig, data_collator: Any) -> tuple[float, float]:
+    """
+    Returns the weights of prompt and completion, which a collator of this package has too.
+
+    Raises:
+        `ValueError`: the collator has others, because it was given others or because either was changed later.
+    """
+    weights = (args.prompt_loss_weight, args.completion_loss_weight)
+    if isinstance(data_collator, DataCollatorForWIT | DataCollatorForVisionLanguageWIT):
+        of_collator = (data_collator.prompt_loss_weight, data_collator.completion_loss_weight)
+        if of_collator != weights:
+            raise ValueError(
+                f"The weights of the `{type(data_collator).__name__}` contradict those of the `WITSFTConfig`: (prompt, "
+                f"completion) is {of_collator} and {weights}. Pass the same ones to both, or no collator. To train "
+                "with other weights later, make a new trainer: the data was prepared for the old ones."
+            )
+    return weights

@@ -12,8 +12,9 @@ from trl.chat_template_utils import (
     has_generation_markers,
     is_chat_template_stop_token_trained,
 )
-from trl.data_utils import _tokenize, common_prefix_length, prepare_multimodal_messages
+from trl.data_utils import prepare_multimodal_messages
 
+from ._upstream import common_prefix_length, tokenize_messages
 from .messages import THINKING, Messages, message_texts
 
 
@@ -125,7 +126,7 @@ class Conversation:
 
     def tokenize(self, **kwargs: Any) -> dict[str, list[int]]:
         """Returns `"input_ids"` and, with `return_assistant_tokens_mask=True`, the template's `"assistant_masks"`."""
-        return _tokenize(self._processing_class, self.messages, **{**self._template_kwargs, **kwargs})
+        return tokenize_messages(self._processing_class, self.messages, **{**self._template_kwargs, **kwargs})
 
     def assistant_masks(self, input_ids: list[int]) -> list[int]:
         """Returns 1 for the tokens of the assistant's answers, with their end-of-turn tokens, and 0 for all others."""
@@ -291,7 +292,9 @@ class Conversation:
 
     def _render_and_tokenize(self, messages: Messages, **kwargs: Any) -> tuple[str, list[int]]:
         text = self.render(messages, **kwargs)
-        input_ids = _tokenize(self._processing_class, messages, **{**self._template_kwargs, **kwargs})["input_ids"]
+        input_ids = tokenize_messages(self._processing_class, messages, **{**self._template_kwargs, **kwargs})[
+            "input_ids"
+        ]
         return text, [int(token) for token in input_ids]  # some processors only return tensors
 
     @property

@@ -11,20 +11,44 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl import pack_dataset
 from trl.chat_template_utils import has_generation_markers
-from trl.data_utils import get_dataset_column_names, maybe_convert_to_chatml
-from trl.trainer.utils import global_then_local_main_first
+from trl.data_utils import maybe_convert_to_chatml
 
+from ._upstream import get_dataset_column_names, global_then_local_main_first
 from .config import WITSFTConfig
 from .conversation import Conversation, chosen_chat_template, training_chat_template
-from .data_collator import NO_PROMPT_MESSAGE, REGION_COLUMNS, token_regions, token_weights
 from .messages import check_answer, check_messages, check_unicode
+from .report import LENGTH_COLUMNS
+from .weights import MASK_COLUMNS, NO_PROMPT_MESSAGE, token_regions, token_weights
 
 
 logger = get_logger(__name__)
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
+# Columns that belong to tokens, and mean nothing in a row that has none yet
+_COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths", "turn_weights"}
+
+
+def check_train_dataset(dataset: Any, formatting_func: Callable | None) -> set[str]:
+    """
+    Returns the columns of a training set.
+
+    Raises:
+        `ValueError`: it is empty, or TRL would ignore the `formatting_func`.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return set()  # TRL refuses it
+    columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set(next(iter(dataset), ()))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError("`train_dataset` is empty. Check the file, the split and any filter it comes from.")
+    if formatting_func and not _TRL_COLUMNS.isdisjoint(columns):
+        raise ValueError(
+            f"`formatting_func` makes plain text, but TRL reads the columns {sorted(_TRL_COLUMNS & columns)} instead "
+            "of it. Drop `formatting_func` (the chat template does its work), or rename these columns to train on the "
+            "text, in which every token is completion."
+        )
+    return columns
 
 
 class DataPreparation:
@@ -71,6 +95,7 @@ class DataPreparation:
         on a template that neither marks them nor is one of those it knows. `prompt_template` is what TRL renders
         prompts and completions with, if it is not the own template.
         """
+        dataset = self.drop_columns_of_tokens(dataset)
         if "conversations" in get_dataset_column_names(dataset):
             dataset = self.map_rows(dataset, _to_chatml, "Converting to ChatML", remove_columns="conversations")
         example = self.first_row(dataset)
@@ -116,9 +141,19 @@ class DataPreparation:
             )
         return self.map_rows(dataset, function, "Checking rows")
 
-    def find_regions(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
-        `"token_weights"`."""
+    def drop_columns_of_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Removes what belongs to tokens from rows that are not tokenized, where TRL ignores most of it."""
+        if isinstance(dataset, Dataset):
+            return dataset.remove_columns(sorted(_COLUMNS_OF_TOKENS & {*dataset.column_names}))
+        if _COLUMNS_OF_TOKENS.isdisjoint(get_dataset_column_names(dataset)):
+            return dataset
+        return dataset.map(remove_columns=sorted(_COLUMNS_OF_TOKENS))
+
+    def weigh_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """
+        Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
+        `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
+        """
         columns = get_dataset_column_names(dataset)
         known = ("weight", "token_weights", "turn_weights")
         if ignored := [name for name in columns if "weight" in name.lower() and name not in known]:
@@ -126,76 +161,31 @@ class DataPreparation:
                 f"The {self.dataset_name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number "
                 "for the row, or to `token_weights`, one for each token of `input_ids`."
             )
-        if not {*REGION_COLUMNS[:3]} & {*columns}:
+        if {*MASK_COLUMNS}.isdisjoint(columns):
             logger.warning_once(
                 "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
                 "completion and `prompt_loss_weight` has no effect."
             )
-        used = {*REGION_COLUMNS, "turn_weights", "weight"} - {"completion_mask"}
+        used = {*MASK_COLUMNS, "attention_mask", "turn_weights", "weight"} - {"completion_mask"}
         if isinstance(dataset, Dataset):  # in a stream, the first row may lack columns of the others
             used &= {*columns}
-        return self.map_rows(dataset, _find_regions, "Finding completions", remove_columns=sorted(used))
+        function = functools.partial(_weigh_tokens, kept=self._kept())
+        return self.map_rows(dataset, function, "Finding completions", remove_columns=sorted(used))
 
-    def fit_to_length(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Packs or truncates rows to `max_length` as TRL does, with all that belongs to each token."""
+    def _kept(self) -> slice:
+        """The part of a row that is kept."""
         args = self.args
-        columns = ["input_ids", "completion_mask", "token_weights"]
-        if self.packing:
-            if args.max_length is None:
-                raise ValueError("Packing needs a `max_length`, the length of a packed row.")
-            dataset = dataset.select_columns(columns)
-            with global_then_local_main_first():
-                if args.shuffle_dataset:
-                    dataset = dataset.shuffle(seed=args.seed)
-                map_kwargs = self._map_kwargs(dataset, "Packing")
-                return pack_dataset(dataset, args.max_length, args.packing_strategy, map_kwargs)
-        if args.max_length is None:
-            return dataset
-        windows = {"keep_start": slice(args.max_length), "keep_end": slice(-args.max_length, None)}
+        if self.packing and args.max_length is None:
+            raise ValueError("Packing needs a `max_length`, the length of a packed row.")
+        windows = {"keep_start": slice(args.max_length), "keep_end": slice(-(args.max_length or 0), None)}
         if args.truncation_mode not in windows:
             raise ValueError(f"`truncation_mode` is {args.truncation_mode!r}, but must be one of {list(windows)}.")
-        kept = windows[args.truncation_mode]
-        return self.map_rows(dataset, functools.partial(_truncate, columns=columns, kept=kept), "Truncating")
+        if args.max_length is None or (self.packing and args.packing_strategy != "bfd"):
+            return slice(None)  # the other strategies split a row
+        return windows["keep_start" if self.packing else args.truncation_mode]
 
-    def drop_rows_without_target(
-        self, dataset: Dataset | IterableDataset, whole_rows: Dataset | IterableDataset
-    ) -> Dataset | IterableDataset:
-        """
-        Drops the rows in which every token weighs 0, where TRL drops fully masked ones: after truncation, but not after
-        packing. Raises `ValueError` if no row has a target.
-        """
-        args = self.args
-        weights = (args.prompt_loss_weight, args.completion_loss_weight)
-
-        def has_target(regions, token_weights):
-            return any(
-                weights[region] != 0 and weight != 0
-                for region, weight in zip(regions[1:], token_weights[1:], strict=True)
-                if region != -100
-            )
-
-        columns = ["completion_mask", "token_weights"]
-        kept = dataset
-        if args.max_length is not None and not args.packing:
-            desc = self._map_kwargs(dataset, "Dropping rows without target")
-            with global_then_local_main_first():
-                kept = dataset.filter(has_target, input_columns=columns, **desc)
-        if not any(has_target(*(row[name] for name in columns)) for row in kept):
-            had_target = [has_target(*(row[name] for name in columns)) for row in whole_rows]
-            raise ValueError(
-                f"No row of the {self.dataset_name} dataset has a token left to train on. The weights of prompt and "
-                f"completion are {weights}, and {sum(had_target)} of {len(had_target)} rows were lost to `max_length="
-                f"{args.max_length}`. {'Raise `max_length`, g' if any(had_target) else 'G'}ive the other region a "
-                "weight, or look for weights of 0 in the data."
-            )
-        if isinstance(kept, Dataset) and len(kept) < len(dataset):
-            logger.warning(
-                f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of the {self.dataset_name} dataset: they "
-                f"have no token of non-zero weight, or none within `max_length={args.max_length}`."
-            )
-        return kept
-
-    def _map_kwargs(self, dataset: Dataset | IterableDataset, desc: str) -> dict[str, Any]:
+    def map_kwargs(self, dataset: Dataset | IterableDataset, desc: str) -> dict[str, Any]:
+        """Returns how to map a data set: on several processes, with a progress bar of this name."""
         if isinstance(dataset, IterableDataset):  # takes neither
             return {}
         return {"num_proc": self.args.dataset_num_proc, "desc": f"{desc} of {self.dataset_name} dataset"}
@@ -217,13 +207,14 @@ class DataPreparation:
 
         # A cache of another version would not have what this one finds
         fn_kwargs = {"dataset_name": self.dataset_name, "prepared_by": importlib.metadata.version("wit_trl")}
-        map_kwargs = {"with_indices": True, "fn_kwargs": fn_kwargs, **self._map_kwargs(dataset, desc), **kwargs}
+        map_kwargs = {"with_indices": True, "fn_kwargs": fn_kwargs, **self.map_kwargs(dataset, desc), **kwargs}
         with global_then_local_main_first():
             return dataset.map(call, **map_kwargs)
 
 
 def checked_formatting(formatting_func: Callable[[dict], str]) -> Callable[[dict], str]:
-    """Returns a `formatting_func` that raises `ValueError` where the user's returns no text."""
+    """Returns a `formatting_func` that raises `ValueError` where the user's returns no text. Warns that all is text."""
+    logger.warning_once(NO_PROMPT_MESSAGE)
 
     def format_row(example: dict[str, Any]) -> str:
         text = formatting_func(example)
@@ -295,7 +286,7 @@ def _check_texts(example: dict[str, Any], columns: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _find_regions(example: dict[str, Any]) -> dict[str, Any]:
+def _weigh_tokens(example: dict[str, Any], kept: slice) -> dict[str, Any]:
     regions, weights = token_regions(example), token_weights(example)
     if len(turn_weights := example.get("turn_weights", ())):
         if len(turn_weights) != len(weights):
@@ -304,8 +295,13 @@ def _find_regions(example: dict[str, Any]) -> dict[str, Any]:
                 "completion. Pass the conversation as `messages`."
             )
         weights *= torch.as_tensor(turn_weights)
-    return {"completion_mask": regions, "token_weights": weights.numpy()}
-
-
-def _truncate(example: dict[str, Any], columns: list[str], kept: slice) -> dict[str, Any]:
-    return {name: example[name][kept] for name in columns}
+    left = regions[kept]
+    return {
+        "input_ids": example["input_ids"][kept],
+        "completion_mask": left,
+        "token_weights": weights.numpy()[kept],
+        "prompt_length": regions.count(0),
+        "completion_length": regions.count(1),
+        "truncated": len(left) < len(regions),
+        "completion_lost": 1 in regions[1:] and 1 not in left[1:],
+    }

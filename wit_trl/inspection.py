@@ -4,19 +4,19 @@ import base64
 import io
 import itertools
 import unicodedata
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from .data_collator import DataCollatorForWIT
-from .summary import REGIONS, Rows, summarize
+from .report import WeightReport
+from .weights import REGIONS
 
-
-if TYPE_CHECKING:
-    from .trainer import WITSFTTrainer
 
 # Two shades each, which alternate from token to token
 _SHADES = {0: ("#b3cde8", "#d3e3f3"), 1: ("#ffc48a", "#ffddb8")}
@@ -81,25 +81,31 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[
     return pieces
 
 
-def show_row(trainer: "WITSFTTrainer", row: dict[str, Any]) -> Text:
+def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weights: tuple[float, float]) -> Text:
     """
-    Returns a prepared row as the trainer weighs it: each token in the colour of its region, in two shades that
+    Returns a tokenized row as the trainer weighs it: each token in the colour of its region, in two shades that
     alternate, with its region and weight written where they change. Of a token that is repeated and never a target, as
     those that stand for an image, the number is written.
+
+    Args:
+        row (`dict`):
+            Row as `DataCollatorForWIT` takes it.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that made it.
+        loss_weights (`tuple[float, float]`):
+            Weight of a prompt token and of a completion token.
     """
-    args = trainer.args
-    batch = DataCollatorForWIT(
-        pad_token_id=0,
-        prompt_loss_weight=args.prompt_loss_weight,
-        completion_loss_weight=args.completion_loss_weight,
-    )([row])
+    prompt_loss_weight, completion_loss_weight = loss_weights
+    batch = DataCollatorForWIT(0, prompt_loss_weight=prompt_loss_weight, completion_loss_weight=completion_loss_weight)(
+        [row]
+    )
     tokens = row["input_ids"]
     # Without what the collator pads
     weights = [float(f"{weight:.6g}") for weight in batch["token_weights"][0, : len(tokens)].tolist()]
     regions = batch["completion_mask"][0, : len(tokens)].tolist()
     lengths = row.get("seq_lengths", [len(tokens)])
     starts = {end - length for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)}
-    special = set(trainer._tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)
 
     groups = [
         (position in starts, region, weight)
@@ -107,7 +113,7 @@ def show_row(trainer: "WITSFTTrainer", row: dict[str, Any]) -> Text:
     ]
     text = Text()
     shade, repeated = 0, 1
-    for position, piece in enumerate(_pieces(trainer._tokenizer, tokens, groups)):
+    for position, piece in enumerate(_pieces(tokenizer, tokens, groups)):
         is_start, region, weight = group = groups[position]
         if is_start:
             text.append("\n" * (position > 0)).append(_DOCUMENT_START, "bold red")
@@ -131,30 +137,75 @@ def _token_style(region: int, weight: float, shade: int) -> Style:
     return Style(color="black", bgcolor=_SHADES[region][shade]) if weight else Style(color="bright_black")
 
 
-def show_page(console: Console, trainer: "WITSFTTrainer", rows: Rows, count: int) -> None:
-    """Prints the first of the prepared rows and the summary. `rows` are those of `rows_to_inspect`."""
-    args = trainer.args
+def show_page(
+    console: Console,
+    title: str,
+    rows: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    report: WeightReport,
+) -> None:
+    """
+    Prints rows and the report of the whole training set.
+
+    Args:
+        console ([`~rich.console.Console`]):
+            Where to.
+        title (`str`):
+            First line.
+        rows (`Iterable[dict]`):
+            The rows to show, as `DataCollatorForWIT` takes them.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer that made them.
+        report ([`WeightReport`]):
+            Report of the training set.
+    """
     legend = Text()
-    for region, weight in ((0, args.prompt_loss_weight), (1, args.completion_loss_weight)):
+    for region, weight in enumerate(report.loss_weights):
         legend.append(f"[{REGIONS[region]} {weight:g}]", "bold").append("tokens", _token_style(region, weight, 0))
         legend.append(" ")
     legend.append("zero weight", _token_style(0, 0, 0)).append(" ").append(
         "special token", Style(bold=True, underline=True)
     )
     legend.append(" ").append(_DOCUMENT_START, "bold red").append("first token of a document")
+    console.print(Text(title, "bold"), soft_wrap=True)
     console.print(legend, soft_wrap=True)
-    whole_rows, prepared = rows
-    for number, row in enumerate(itertools.islice(prepared, count)):
+    for number, row in enumerate(rows):
         documents = len(row.get("seq_lengths", [0]))
-        title = f"\nRow {number}: {len(row['input_ids'])} tokens" + f", {documents} documents" * (documents > 1)
-        console.print(Text(title, "bold"))
-        console.print(show_row(trainer, row), soft_wrap=True)
+        heading = f"\nRow {number}: {len(row['input_ids'])} tokens" + f", {documents} documents" * (documents > 1)
+        console.print(Text(heading, "bold"))
+        console.print(show_row(row, tokenizer, report.loss_weights), soft_wrap=True)
     console.print()
-    console.print(summarize(whole_rows, prepared, args))
+    console.print(report)
 
 
-def html_page(trainer: "WITSFTTrainer", rows: Rows, count: int, histogram: bytes) -> str:
+def html_page(
+    title: str,
+    rows: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    report: WeightReport,
+    histogram: bytes,
+) -> str:
     """Returns the page of `show_page` and the histogram (PNG) as HTML."""
     console = Console(file=io.StringIO(), record=True, width=100)
-    show_page(console, trainer, rows, count)
+    show_page(console, title, rows, tokenizer, report)
     return console.export_html(code_format=_HTML.replace("HISTOGRAM", base64.b64encode(histogram).decode()))
+
+
+def plot_lengths(prompt: np.ndarray, completion: np.ndarray) -> bytes:
+    """Returns a histogram of the lengths of prompts and completions, in tokens, as PNG."""
+    from matplotlib.figure import Figure  # of the extra `plot`
+
+    figure = Figure(figsize=(7, 3.5))
+    axes = figure.subplots()
+    # The longest hundredth goes into the last bin: a single long row would leave no room for the others
+    longest = max(np.percentile(lengths, 99) for lengths in (prompt, completion))
+    bins = np.linspace(0, max(longest, 1), 51)
+    for lengths, name, colour in ((prompt, "prompt", "tab:blue"), (completion, "completion", "tab:orange")):
+        label = f"{name} (mean {lengths.mean():.0f}, longest {lengths.max()})"
+        axes.hist(np.minimum(lengths, bins[-1]), bins.tolist(), alpha=0.6, color=colour, label=label)
+    axes.set(xlabel="tokens, before truncation; the longest 1% in the last bin", ylabel="rows")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, bbox_inches="tight")
+    return image.getvalue()

@@ -1,50 +1,78 @@
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+"""
+From a model's hidden states to the loss: TRL's fused LM head, with the weights of a batch and a kernel that takes them.
+
+The flow of a call of `weighted_forward`:
+
+1. The kernel gets the weights of the batch, for this call and this thread (`_upstream.use_kernel`).
+2. TRL's forward runs the backbone.
+3. It asks the model for its head. Where FSDP keeps the head in a group of its own, it is gathered here.
+4. It hands hidden states, head and targets to the kernel, which calls `weighted_linear_cross_entropy`.
+5. TRL shapes what the kernel returns, and we cut off the virtual tokens of prompt learning.
+6. The backward pass frees a gathered head. Without one, or after an exception, it is freed here.
+"""
+
+from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
-from trl.trainer import utils
-from trl.trainer.utils import FusedCausalLMOutput
 
+from ._upstream import (
+    FusedCausalLMOutput,
+    current_kernel,
+    dequantized_weight,
+    install_hooks,
+    scores_labelled_rows_alone,
+    trained_copy,
+    use_kernel,
+)
 from .loss import weighted_linear_cross_entropy
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Where the one-pass head was tested and timed. Elsewhere TRL's kernel runs, with the weights applied to its result.
-_ONE_PASS_DEVICES = ("cpu",)
 
-
-def align_with_targets(values: torch.Tensor, length: int, fill: float = 0) -> torch.Tensor:
+def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
     """
-    Returns values of tokens `(B, T)` as values of the `length` targets of each row. The first token, which nothing
-    predicts, falls away; the virtual tokens that prompt learning puts in front, which are no targets, get `fill`.
-    Values that are as many as the targets belong to them already.
-    """
-    return F.pad(values, (length + 1 - values.size(1), 0), value=fill)[:, 1:]
+    Prepares a model with TRL's fused LM head for `weighted_forward`.
 
+    A quantized model gets a plain head, frozen, in the dtype of the model: the fused head multiplies by the head's
+    weight itself, and that of a quantized head is packed. TRL's own loss of an 8-bit head is wrong without an error.
 
-def dequantize_lm_head(model: "PreTrainedModel | PeftModel") -> None:
+    Raises:
+        `ValueError`: the model is an encoder-decoder; an adapter wraps the embeddings that the head shares.
     """
-    Gives a quantized model a plain LM head, frozen, in the dtype of the model. The fused head multiplies by the head's
-    weight itself, and that of a quantized head is packed: TRL's own loss of an 8-bit head is wrong without an error.
-    """
-    from peft.utils.integrations import dequantize_module_weight
+    install_hooks()
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`{type(model).__name__}` is an encoder-decoder, which has no prompt in the sequence that it predicts. "
+            "Pass a causal language model."
+        )
+    causal_lm: Any = model
+    if is_peft_model(model):
+        from peft.utils.other import TrainableTokensWrapper
 
-    head = model.get_output_embeddings()
-    weight = dequantize_module_weight(head)
-    if weight is not head.weight:
-        plain = torch.nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
-        plain.weight = torch.nn.Parameter(weight.detach().to(model.dtype), requires_grad=False)
-        plain.bias = head.bias
-        model.set_output_embeddings(plain)
+        causal_lm = model.get_base_model()
+        if isinstance(causal_lm.get_output_embeddings(), TrainableTokensWrapper):
+            raise ValueError(
+                "`trainable_token_indices` is not supported for a model whose LM head shares the weight of its "
+                "embeddings: the head would need the trained rows, and its bias cannot be told. Remove it from the "
+                "PEFT configuration (it is also set where `chat_template_path` names a model whose template adds "
+                "tokens: pass a `.jinja` file of the template instead), or train without an adapter."
+            )
+    if getattr(model, "is_quantized", False):
+        head = model.get_output_embeddings()
+        weight = dequantized_weight(head)
+        if weight is not head.weight:
+            plain = torch.nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+            plain.weight = torch.nn.Parameter(weight.detach().to(model.dtype), requires_grad=False)
+            plain.bias = head.bias
+            model.set_output_embeddings(plain)
+    causal_lm.get_output_embeddings = MethodType(_get_output_embeddings, causal_lm)
 
 
 def weighted_forward(
@@ -54,91 +82,59 @@ def weighted_forward(
     Calls a model that has TRL's fused LM head and weighs what it returns, without building the logits.
 
     Returns the output of TRL, with `log_probs` multiplied by the weight of the target, and the unweighted negative
-    log-likelihood of each target, in nats and without gradient, in the shape of `log_probs`. Where the gradient is
-    formed in the forward pass, it is right for a loss that adds up the log-probabilities, and for no other.
+    log-likelihood of each target, in nats and without gradient. All per-token fields are `(B, T - 1)`, or `(B, T)` with
+    `"shift_labels"`. Their gradient is right for a loss that adds up the log-probabilities, and for no other.
 
     Args:
         model (`torch.nn.Module`):
-            Model prepared by [`~trl.trainer.utils.add_fused_lm_head`] and then wrapped in any way.
+            Model prepared by [`~trl.trainer.utils.add_fused_lm_head`] and `prepare_lm_head`, then wrapped in any way.
         inputs (`dict[str, Any]`):
             Arguments of its forward. `"labels"` is -100 where a token is not scored. `"shift_labels"`, if there are
             any, stand for the labels: at the position that predicts the token.
         token_weights (`torch.Tensor` of shape `(B, T)`):
             Weight of each token as a target, 0 where it is not scored, at the position of its label.
     """
-    labels = inputs["shift_labels" if "shift_labels" in inputs else "labels"]
-    if token_weights.device.type in _ONE_PASS_DEVICES:
-        kernel = _OnePassKernel(token_weights, labels != -100)
-        with patch.object(utils, "_ChunkedLogProbFunction", kernel), _gathered_lm_head(model):
+    if "shift_labels" in inputs:
+        scored = inputs["shift_labels"] != -100
+    else:
+        scored, token_weights = inputs["labels"][:, 1:] != -100, token_weights[:, 1:]
+    kernel = _WeightedKernel(token_weights, scored)
+    try:
+        with use_kernel(kernel):
             outputs = model(**inputs, fused_lm_head=True)
-        return outputs, kernel.nll.view_as(outputs.log_probs)
-    with _gathered_lm_head(model):
-        outputs = model(**inputs, fused_lm_head=True)
-    nll = -outputs.log_probs.detach()
-    outputs.log_probs = outputs.log_probs * align_with_targets(token_weights, nll.size(1)).to(nll.device)
-    return outputs, nll
+    except BaseException:
+        kernel.free_head()
+        raise
+    if not torch.is_grad_enabled():
+        kernel.free_head()
+    for name in ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask"):
+        outputs[name] = outputs[name][:, -scored.size(1) :]  # without virtual tokens
+    return outputs, outputs.mean_logits
 
 
-@contextmanager
-def _gathered_lm_head(model: torch.nn.Module) -> Iterator[None]:
+class _WeightedKernel:
     """
-    Has FSDP gather an LM head that has a group of its own when TRL's forward asks for it. Nothing else does, because
-    TRL never calls it, and the gradient of a weight that TRL gathers by itself is not reduced over the ranks.
-    """
-    if not isinstance(model, FSDPModule | FullyShardedDataParallel):
-        yield
-        return
-    causal_lm: Any = model.module if isinstance(model, FullyShardedDataParallel) else model
-    if is_peft_model(causal_lm):
-        from peft.utils import ModulesToSaveWrapper
+    Stands for the kernel of TRL's fused LM head, [`~trl.kernels.ChunkedLogProbFunction`], in one call of the head.
 
-        adapter, causal_lm = causal_lm.active_adapter, causal_lm.get_base_model()
-        head = causal_lm.get_output_embeddings()
-        if isinstance(head, ModulesToSaveWrapper) and not isinstance(head, FSDPModule):  # FSDP1 wraps what is in it
-            head = head.modules_to_save[adapter]
-    else:
-        head = causal_lm.get_output_embeddings()
-    if isinstance(head, FSDPModule):
-
-        def gather_and_get():
-            head.unshard()
-            return head
-
-    elif isinstance(head, FullyShardedDataParallel):
-        # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
-        def copy_parameters():
-            weight, bias = head.module.weight, head.module.bias
-            return weight.clone(), None if bias is None else bias.clone()
-
-        def gather_and_get():
-            with patch.object(head.module, "forward", copy_parameters):
-                weight, bias = head()
-            return SimpleNamespace(weight=weight, bias=bias)
-
-    else:
-        yield
-        return
-    with patch.object(causal_lm, "get_output_embeddings", gather_and_get):
-        yield
-    if isinstance(head, FSDPModule) and not torch.is_grad_enabled():  # no backward pass will free it
-        head.reshard()
-
-
-class _OnePassKernel:
-    """
-    Stands in for the kernel of TRL's fused LM head, `trl.kernels.ChunkedLogProbFunction`. TRL's forward runs the
-    backbone, gathers the head and asks its kernel for the log-probabilities of all tokens.
+    Args:
+        token_weights (`torch.Tensor` of shape `(B, T)`): Weight of each target.
+        scored (`torch.Tensor` of shape `(B, T)`): Whether the target has a label.
     """
 
     def __init__(self, token_weights: torch.Tensor, scored: torch.Tensor):
         self._token_weights, self._scored = token_weights, scored
+        self._gathered_head: FSDPModule | None = None
 
     @torch.compiler.disable
-    def apply(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        length = len(targets) // len(self._token_weights)
-        token_weights = align_with_targets(self._token_weights, length).reshape(-1)
-        scored = align_with_targets(self._scored, length).reshape(-1)
-        loss, self.nll, entropy, is_top1 = weighted_linear_cross_entropy(
+    def __call__(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        device = hidden_states.device
+        token_weights, scored = self._token_weights.to(device), self._scored.to(device)
+        if scores_labelled_rows_alone(device):
+            token_weights, scored = token_weights[scored], scored[scored]
+        else:  # all rows, also those of the virtual tokens that prompt learning puts in front
+            virtual = len(targets) // len(scored) - scored.size(1)
+            token_weights, scored = (F.pad(x, (virtual, 0)).reshape(-1) for x in (token_weights, scored))
+        loss, nll, entropy, is_top1 = weighted_linear_cross_entropy(
             hidden_states,
             weight,
             targets,
@@ -149,8 +145,46 @@ class _OnePassKernel:
             softcap=softcap,
             scored=scored,
         )
-        log_probs = -token_weights * self.nll
-        # One of them carries the gradient of the sum. TRL masks those that are not scored.
-        carrier = scored.long().argmax()[None]
-        log_probs = log_probs.index_add(0, carrier, (loss.detach() - loss)[None])
-        return log_probs, entropy, None, None, is_top1
+        # The first scored token carries the gradient of the sum. TRL masks those that are not scored.
+        is_carrier = scored & (scored.cumsum(0) == 1)
+        log_probs = -token_weights * nll + is_carrier * (loss.detach() - loss)
+        # In the place of the mean logits, which nobody asked for, TRL shapes the nll like the others
+        return log_probs, entropy, None, nll, is_top1
+
+    def gather_head(self, head: Any) -> Any:
+        """
+        Returns the head, or what has its weight and bias, where FSDP keeps it in a group of its own. Nothing else
+        gathers it, because TRL never calls it, and the gradient of a weight that TRL gathers by itself is not reduced
+        over the ranks.
+        """
+        if isinstance(head, FSDPModule):
+            head.unshard()
+            self._gathered_head = head
+        elif isinstance(head, FullyShardedDataParallel):
+            # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
+            head.module.forward = MethodType(_forward_or_parameters, head.module)
+            weight, bias = head()
+            return SimpleNamespace(weight=weight, bias=bias)
+        return head
+
+    def free_head(self) -> None:
+        """Frees what was gathered, where no backward pass will."""
+        if self._gathered_head is not None:
+            self._gathered_head.reshard()
+
+
+def _get_output_embeddings(self: PreTrainedModel) -> Any:
+    """Stands for the method of the model: in `weighted_forward` it returns a head that is whole."""
+    head: Any = type(self).get_output_embeddings(self)
+    kernel = current_kernel()
+    if not isinstance(kernel, _WeightedKernel):
+        return head
+    # FSDP1 wraps the copy that PEFT trains, FSDP2 the whole
+    return kernel.gather_head(head if isinstance(head, FSDPModule) else trained_copy(head))
+
+
+def _forward_or_parameters(self: torch.nn.Linear, *args: torch.Tensor) -> Any:
+    """Stands for the forward of a head under FSDP1: without hidden states it returns copies of weight and bias."""
+    if args:
+        return type(self).forward(self, *args)
+    return self.weight.clone(), None if self.bias is None else self.bias.clone()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .data_collator import check_weight
+from .weights import check_weight
 
 
 Messages = list[dict[str, Any]]

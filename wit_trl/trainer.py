@@ -1,50 +1,34 @@
+"""`WITSFTTrainer`: TRL's `SFTTrainer` with the weighted loss."""
+
 import copy
-import dataclasses
 import functools
-import inspect
-import math
-import textwrap
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
-from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
-from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerState, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, sort_checkpoints
+from datasets import Dataset
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
-from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import get_config_model_id
 
-from .config import WITSFTConfig
-from .data_collator import NO_PROMPT_MESSAGE, REGION_COLUMNS, DataCollatorForWIT
-from .data_preparation import DataPreparation, checked_formatting
-from .lm_head import align_with_targets, dequantize_lm_head, weighted_forward
-from .metrics import NUM_TERMS, loss_terms, region_losses, token_metrics
-from .sequence_parallel import (
-    PACKED_MESSAGE,
-    check_sequence_parallelism,
-    collate_shifted,
-    shift_targets,
-    skip_batches,
-    split_targets,
-)
-from .summary import print_summary
-from .vision_data_collator import DataCollatorForVisionLanguageWIT
+from ._upstream import keep_gradient_of_4bit_weights
+from .checkpoints import LossWeightsCallback, checkpoint_to_resume
+from .config import WITSFTConfig, loss_weights
+from .conversation import training_chat_template
+from .data_collator import DataCollatorForWIT
+from .data_preparation import DataPreparation, check_train_dataset, checked_formatting
+from .lm_head import prepare_lm_head, weighted_forward
+from .metrics import EvaluationSums, TrainingSums, loss_terms
+from .model_card import PAPER, add_weights
+from .parallel import PACKED_MESSAGE, ParallelMixin
+from .report import WeightReport, print_report, weigh
+from .training_rows import TrainingRows, check_image_rows, pack, select_training_rows
+from .vision_data_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
+from .weights import MASK_COLUMNS, pop_weights
 
 
-logger = get_logger(__name__)
-
-_TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
+IMAGE_ROWS = 100  # of data with images that are counted: each image is processed for it
 
 
-class WITSFTTrainer(SFTTrainer):
+class WITSFTTrainer(ParallelMixin, SFTTrainer):
     """
     Trainer for Weighted Instruction Tuning (WIT).
 
@@ -56,26 +40,21 @@ class WITSFTTrainer(SFTTrainer):
 
     The completion region is what TRL would train on by itself: the completion of a prompt-completion data set, the
     assistant's turns of a conversation, all of a plain text. All other tokens are the prompt. The weight of a token is
-    that of its region, times what the data says: `"weight"` of a row, `"weight"` of a message, `"token_weights"` beside
-    `"input_ids"`.
+    that of its region, times what the data says: `"weight"` of a row or a message, `"token_weights"` of tokenized rows.
 
     Takes the arguments of [`~trl.SFTTrainer`], except that `compute_loss_func` is refused; any other `args` than a
     [`WITSFTConfig`] get its default weights.
 
-    `entropy` and `mean_token_accuracy` are means over tokens, where TRL averages those of micro-batches. Besides what
-    TRL logs, it logs `prompt_loss` and `completion_loss`: the unweighted mean negative log-likelihood per token of each
-    region, in nats, over all micro-batches and ranks since the last log. In training a region of weight 0
-    is not computed and so not logged. In evaluation `eval_prompt_loss`, `eval_completion_loss` and `eval_loss` are
-    exact means over the evaluation set, whatever the batch size and the number of ranks (but of a stream on several
-    ranks, with the rows that accelerate fills up the last batch with); the first two compare runs with different
-    weights, which losses do not. `eval_loss` is the weighted loss alone, without any auxiliary loss of a
-    Mixture-of-Experts model (`eval_aux_loss`).
+    Besides what TRL logs, it logs the unweighted means of each region over all tokens since the last log: `prompt_loss`
+    and `completion_loss`, in nats per token, `prompt_mean_token_accuracy` and `completion_mean_token_accuracy`. In
+    training, a region of weight 0 is not computed. Evaluation has them always, with the prefix `eval_`: exact means
+    over the evaluation set, whatever the batch size and the number of ranks, as `eval_loss` is. They compare runs of
+    different weights. `loss` does not, nor do `entropy` and `mean_token_accuracy`, means over tokens with a weight.
 
     Raises:
-        `ValueError`: `compute_loss_func` is passed; the data collator does not return `token_weights`; a row cannot be
-        trained on, or no row leaves a token to train on; sequence or context parallelism is used with images,
-        packing, padding-free batches or prompt learning, or one of them or tensor parallelism with
-        `average_tokens_across_devices=False`.
+        `ValueError`: `compute_loss_func` is passed; the model is an encoder-decoder; the data collator does not return
+        `token_weights`; a row cannot be trained on, or no row leaves a token to train on; something is combined with
+        sequence, context or tensor parallelism that would be wrong there ([`ParallelMixin`]).
 
     Example:
     ```python
@@ -91,118 +70,65 @@ class WITSFTTrainer(SFTTrainer):
     ```
     """
 
-    _train_is_prepared = False
-    _whole_train_rows: Dataset | IterableDataset | None = None
     _tag_names: ClassVar = ["trl", "sft", "wit"]
     _name = "WIT"
-    _paper: ClassVar = {
-        "title": "On the Effect of Instruction Tuning Loss on Generalization",
-        "id": "2507.07817",
-        "citation": textwrap.dedent("""\
-            @article{chatterjee2025effect,
-                title   = {{On the Effect of Instruction Tuning Loss on Generalization}},
-                author  = {Anwoy Chatterjee and H S V N S Kowndinya Renduchintala and Sumit Bhatia and
-                           Tanmoy Chakraborty},
-                journal = {Transactions of the Association for Computational Linguistics},
-                volume  = 13,
-                pages   = {1360--1380},
-                year    = 2025
-            }"""),
-    }
+    _paper: ClassVar = PAPER
 
     @functools.wraps(SFTTrainer.__init__, assigned=())
-    def __init__(self, *args: Any, **kwargs: Any):
-        arguments = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        if arguments.get("compute_loss_func") is not None:
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_loss_func=None,
+        *more_args,
+        **kwargs,
+    ):
+        if compute_loss_func is not None:
             raise ValueError(
-                "`compute_loss_func` is not supported: `WITSFTTrainer` computes the weighted loss. Remove it, or pass "
-                "it to TRL's `SFTTrainer`."
+                "`compute_loss_func` is not supported: `WITSFTTrainer` computes the weighted loss. Remove it, override "
+                "`compute_loss` in a subclass, or pass it to TRL's `SFTTrainer`."
             )
-        dataset = arguments.get("train_dataset")
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError("`train_dataset` is empty. Check the file, the split and any filter it comes from.")
-        columns = get_dataset_column_names(dataset) if isinstance(dataset, Dataset | IterableDataset) else []
-        if arguments.get("formatting_func") and not _TRL_COLUMNS.isdisjoint(columns):
-            raise ValueError(
-                f"`formatting_func` makes plain text, but TRL reads the columns {sorted(_TRL_COLUMNS & set(columns))} "
-                "instead of it. Drop `formatting_func` (the chat template does its work), or rename these columns to "
-                "train on the text, in which every token is completion."
-            )
-        config = arguments.get("args")
-        if config is None:
-            model = arguments["model"]
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            config = WITSFTConfig(f"{model_name.split('/')[-1]}-WIT")
-        elif isinstance(config, TrainingArguments) and not isinstance(config, WITSFTConfig):
-            fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-            if added := fields.keys() - {f.name for f in dataclasses.fields(WITSFTConfig)}:
-                raise ValueError(
-                    f"`args` is a `{type(config).__name__}` with fields of its own, {sorted(added)}. Make it a "
-                    "subclass of `WITSFTConfig`."
-                )
-            config = WITSFTConfig(**fields)
-        if config.assistant_only_loss and not {"messages", "conversations"}.isdisjoint(columns):
+        columns = check_train_dataset(train_dataset, kwargs.get("formatting_func"))
+        args = WITSFTConfig.of(args, model)
+        self._assistant_only_loss = args.assistant_only_loss
+        has_messages = not {"messages", "conversations"}.isdisjoint(columns)
+        if has_messages:
             # TRL refuses templates that it does not know. It is what the completion of a conversation is here.
-            config = copy.copy(config)
-            config.assistant_only_loss = False
-        arguments["args"] = config
-        weights = {name: getattr(config, name) for name in ("prompt_loss_weight", "completion_loss_weight")}
-        collator = arguments.get("data_collator")
-        of_wit = isinstance(collator, DataCollatorForWIT | DataCollatorForVisionLanguageWIT)
-        if of_wit and any(getattr(collator, k) != v for k, v in weights.items()):
-            raise ValueError(
-                f"The weights of the `{type(collator).__name__}` contradict those of the `WITSFTConfig`, {weights}. "
-                "Pass the same ones to both, or no collator."
-            )
+            args = copy.copy(args)
+            args.assistant_only_loss = False
+        self._messages_are_new = has_messages and not self._assistant_only_loss
+        # A copy, to tell the training set from an evaluation set that is the same object
+        train_dataset = copy.copy(train_dataset)
+        self._training_rows = TrainingRows(train_dataset)
 
-        super().__init__(**arguments)
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, None, *more_args, **kwargs
+        )
 
-        if collator is None:
+        if data_collator is None:
             collator_class = DataCollatorForVisionLanguageWIT if self._is_vision_dataset else DataCollatorForWIT
+            weights = {name: getattr(args, name) for name in ("prompt_loss_weight", "completion_loss_weight")}
             self.data_collator = collator_class(**vars(self.data_collator), **weights)
             if self._is_vision_dataset:
-                self._check_vision_dataset()
-        if (self._splits_sequences or self.get_tp_size() > 1) and not self.args.average_tokens_across_devices:
-            raise ValueError(
-                "`average_tokens_across_devices=False` is not supported where ranks share or repeat a sequence "
-                "(tensor, context, sequence parallelism), which would then weigh it differently. Set it to True."
-            )
-        if self._splits_sequences:
-            check_sequence_parallelism(self.args, self.model, self.accelerator, self._is_vision_dataset)
-            if isinstance(self.data_collator, DataCollatorForWIT):  # so that all ranks get as many tokens
-                parts = self.get_sp_size() if self.get_cp_size() == 1 else 2 * self.get_cp_size()
-                self.data_collator.pad_to_multiple_of = math.lcm(self.data_collator.pad_to_multiple_of or 1, parts)
-        # On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights at the first evaluation, for a kernel that has no
-        # gradient: all later training steps would silently lose the gradient through them
-        for module in self.model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        if getattr(self.model, "is_quantized", False):
-            dequantize_lm_head(self.model)
+                check_image_rows(self.train_dataset, self.data_collator, self.args)
+        loss_weights(self.args, self.data_collator)  # checks that they agree
+        self.prepare_parallelism()
+        keep_gradient_of_4bit_weights(self.model)
+        prepare_lm_head(self.model)
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        # On this rank: sums of `loss_terms`, then of auxiliary losses and of micro-batches, since the last log, and of
-        # tokens since the start. MPS has no float64.
-        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._train_sums = torch.zeros(NUM_TERMS + 3, dtype=dtype, device=self.args.device)
-        self._eval_sums = torch.zeros(NUM_TERMS, dtype=torch.float64)
+        self._train_sums = TrainingSums(self.args.device)
+        self._eval_sums = EvaluationSums(self.accelerator)
+        self.add_callback(LossWeightsCallback)
 
-    @property
-    def _splits_sequences(self) -> bool:
-        return self.get_sp_size() > 1 or self.get_cp_size() > 1
-
-    def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        args: WITSFTConfig,
-        packing: bool,
-        formatting_func: Callable[[dict], str] | None,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         # TRL tokenizes whole rows and labels the completion, whatever its weight. From there on, each token needs its
         # region and the weight that the data gives it, where TRL has labels.
-        is_train, self._train_is_prepared = not self._train_is_prepared, True  # TRL prepares it first
+        is_train = dataset is self._training_rows.dataset
         preparation = DataPreparation(args, packing, dataset_name)
         columns = set(preparation.first_row(dataset))
         if {"seq_lengths", "completion_mask"} <= columns:
@@ -211,104 +137,82 @@ class WITSFTTrainer(SFTTrainer):
             if formatting_func is None:
                 dataset = preparation.check_rows(dataset, processing_class, self.chat_template)
             else:
-                logger.warning_once(NO_PROMPT_MESSAGE)
+                dataset = preparation.drop_columns_of_tokens(dataset)
                 formatting_func = checked_formatting(formatting_func)
-            self.completion_only_loss = True
-            whole_args = copy.copy(args)
-            whole_args.max_length, whole_args.shuffle_dataset = None, False
-            dataset = super()._prepare_dataset(
-                dataset, processing_class, whole_args, False, formatting_func, dataset_name
-            )
-        whole_rows = preparation.find_regions(dataset)
-        dataset = preparation.fit_to_length(whole_rows)
+            dataset = self._tokenize(dataset, processing_class, args, formatting_func, dataset_name)
+        dataset = preparation.weigh_tokens(dataset)
         if is_train:  # evaluation sets keep all their rows, since both regions are measured
-            self._whole_train_rows = whole_rows  # for `rows_to_inspect`
-            dataset = preparation.drop_rows_without_target(dataset, whole_rows)
+            rows = select_training_rows(dataset, preparation)
+            dataset = rows.dataset
+        elif packing:
+            dataset = pack(dataset, preparation)
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
+        if is_train:
+            self._training_rows = rows._replace(dataset=dataset)
         return dataset
 
-    def _check_vision_dataset(self) -> None:
-        """
-        Raises `ValueError` if a row is wrong but for its images, which are not read, or if none has a target: it stops
-        at the first that has one.
-        """
-        dataset = self.train_dataset
-        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-            texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
-            DataPreparation(self.args, False, "train").map_rows(texts, self.data_collator.check_row, "Checking rows")
-        if not any((self.data_collator([row])["labels"] != -100).any() for row in self.train_dataset):
-            raise ValueError(
-                "No example of the train dataset has a token left to train on. The weights of prompt and completion "
-                f"are {(self.args.prompt_loss_weight, self.args.completion_loss_weight)}, and `max_length` is "
-                f"{self.args.max_length}. Raise `max_length`, give the other region a weight, or check the data."
-            )
+    def _tokenize(self, dataset, processing_class, args, formatting_func, dataset_name):
+        """Has TRL tokenize whole rows and label their completion."""
+        self.completion_only_loss = True
+        args, chat_template = copy.copy(args), self.chat_template
+        args.max_length, args.shuffle_dataset = None, False
+        args.assistant_only_loss = self._assistant_only_loss and formatting_func is None
+        if args.assistant_only_loss and chat_template is None:
+            self.chat_template = training_chat_template(processing_class)
+        try:
+            return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        finally:
+            self.chat_template = chat_template
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        if resume_from_checkpoint is True:
-            (resume_from_checkpoint,) = broadcast_object_list([_last_complete_checkpoint(self.args.output_dir)])
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no complete checkpoint in `{self.args.output_dir}` to resume from. Check the folder, or "
-                    "train from the start without `resume_from_checkpoint`."
-                )
-        if self.is_world_process_zero():
-            print_summary(self)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """
+        Trains as [`~trl.SFTTrainer`] does, after a table of what is weighted. `resume_from_checkpoint=True` passes over
+        a checkpoint whose saving was cut off.
+
+        Raises:
+            `ValueError`: there is no complete checkpoint to resume from.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        if self.args.print_weight_report and (self._is_vision_dataset or self.is_world_process_zero()):
+            print_report(self.weight_report, self.args.max_length, self._messages_are_new)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def weight_report(self) -> WeightReport:
+        """
+        Returns what the weights do to the training set as it is now, also if `train_dataset` was replaced.
+
+        Of data with images it counts the first rows, of which each process takes a share: all of them must call it.
+
+        Raises:
+            `ValueError`: the rows or their weights are not known, because they are not tokenized, are read through a
+            transform, or are weighed by another data collator.
+        """
+        dataset, weights = self.train_dataset, loss_weights(self.args, self.data_collator)
+        if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
+            rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
+            return weigh(rows, weights, partial=not isinstance(dataset, Dataset) or len(rows) < len(dataset))
+        if not isinstance(self.data_collator, DataCollatorForWIT):
+            raise ValueError("The data collator is another one than `DataCollatorForWIT`, which may weigh otherwise.")
+        known = self._training_rows if dataset is self._training_rows.dataset else TrainingRows(dataset)
+        return weigh(dataset, weights, known.lengths, known.dropped)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # collated as it is; and TRL would remove the text
             columns = [self.args.dataset_text_field, "weight"]
         else:
-            columns = [*REGION_COLUMNS, "token_weights", "weight"]
+            columns = [*MASK_COLUMNS, "attention_mask", "token_weights", "weight"]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
         """Allows what TRL rejects: data that skips preparation with masks but no labels. Our collator reads masks."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes TRL's model card, with the weights."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            with Path(self.args.output_dir, "README.md").open("a", encoding="utf-8") as card:
-                card.write(
-                    "\n## Weights of the loss\n\nprompt_loss_weight: "
-                    f"{self.args.prompt_loss_weight}, completion_loss_weight: {self.args.completion_loss_weight}\n"
-                )
-
-    def get_train_dataloader(self) -> DataLoader:
-        if self.get_sp_size() == 1:
-            return super().get_train_dataloader()
-        with patch.object(self, "data_collator", functools.partial(collate_shifted, self.data_collator)):
-            return super().get_train_dataloader()
-
-    def _prepare_context_parallel_inputs(
-        self, model: torch.nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Callable, dict[str, Any]]:
-        if self.get_cp_size() == 1:
-            return super()._prepare_context_parallel_inputs(model, inputs)
-        context, inputs = super()._prepare_context_parallel_inputs(model, shift_targets(inputs))
-        return split_targets(context, inputs), inputs
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        if self.get_sp_size() == 1:
-            return super()._run_epoch(**kwargs)
-        # DeepSpeed's data loader has no epochs: it would go on behind the end of the last one, in which `Trainer` would
-        # lose a step, and in its order. Nor can accelerate skip its batches to resume.
-        loader = kwargs["train_dataloader"]
-        loader.dl.set_epoch(kwargs["epoch"])
-        loader.iter = iter(loader.dl)
-        loader.micro_batches.clear()
-        with patch("transformers.trainer.skip_first_batches", skip_batches):
-            return super()._run_epoch(**kwargs)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        if self.get_sp_size() == 1:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        # `Trainer` looks for `labels`, of which DeepSpeed leaves `shift_labels`, and divides the sum over all ranks by
-        # `sp_size`, as if those that share a sequence held the same tokens
-        batch_samples = [{"labels": batch["shift_labels"], **batch} for batch in batch_samples]
-        return super()._get_num_items_in_batch(batch_samples, device) * self.get_sp_size()
+            add_weights(self.args.output_dir, loss_weights(self.args, self.data_collator))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)
@@ -317,131 +221,78 @@ class WITSFTTrainer(SFTTrainer):
         return prepared
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        Returns the weighted loss of a micro-batch, a scalar in nats, and what the model returns if `return_outputs`.
+        Where a subclass returns another loss, `eval_loss` is its mean over the batches, as in `Trainer`.
+        """
+        loss_weights(self.args, self.data_collator)  # checks that nobody changed them
         inputs = dict(inputs)
         example_lengths = inputs.pop("example_lengths", None)
-        if example_lengths is not None and self._splits_sequences:
+        if example_lengths is not None and self.splits_sequences():
             raise ValueError(PACKED_MESSAGE)
-        needed = {"token_weights", "completion_mask", "shift_labels" if "shift_labels" in inputs else "labels"}
-        if missing := needed - {name for name, value in inputs.items() if value is not None}:
-            raise ValueError(
-                f"The data collator returned no {sorted(missing)}. Use `wit_trl.DataCollatorForWIT` (the default), or "
-                "return all that it does."
-            )
-        token_weights, completion_mask = inputs.pop("token_weights"), inputs.pop("completion_mask")
+        token_weights, completion_mask = pop_weights(inputs)
 
-        training = self.model.training
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        if not training:  # score both regions, whatever their weights
+        if not self.model.training:  # score both regions, whatever their weights
             inputs["labels"] = inputs["input_ids"].masked_fill(completion_mask == -100, -100)
-        try:
+        with explain_cut_images(self.args.max_length):
             outputs, nll = weighted_forward(model, inputs, token_weights)
-        except ValueError as error:
-            if "Image features and image tokens do not match" not in str(error) or self.args.max_length is None:
-                raise
-            raise ValueError(
-                f"`max_length={self.args.max_length}` cuts off tokens of an image, but not the image. Raise it, or set "
-                "it to `None`."
-            ) from error
 
-        # As in TRL: the divisor counts the tokens of all ranks, over which the gradients are averaged. The auxiliary
-        # loss is a mean over the micro-batch.
-        divisor = (token_weights[:, 1:] != 0).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = -outputs.log_probs.sum() / torch.as_tensor(divisor).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        if training and self.get_sp_size() > 1 and not is_deepspeed_zero3_enabled():
-            # The logged loss is the mean over all ranks, and so is the gradient in ZeRO-3. In the other stages,
-            # DeepSpeed divides the sum of the gradients by the number of ranks over `sp_size`.
-            loss = loss.detach() + (loss - loss.detach()) / self.get_sp_size()
-
-        length = nll.size(1)
+        loss = self._normalise(-outputs.log_probs.sum(), outputs.aux_loss, token_weights, num_items_in_batch)
+        first = completion_mask.size(1) - nll.size(1)  # the first target
         terms = loss_terms(
-            nll,
-            outputs,
-            align_with_targets(token_weights, length).to(nll.device),
-            align_with_targets(completion_mask, length, fill=-100).to(nll.device),
+            nll, outputs, token_weights[:, first:].to(nll.device), completion_mask[:, first:].to(nll.device)
         )
-        if training:
+        if self.model.training:
+            loss = self.scale_gradient(loss)
             num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._train_sums[:NUM_TERMS] += terms.sum((0, 1)).to(self._train_sums)
-            if self.aux_loss_enabled:
-                self._train_sums[-3] += outputs.aux_loss.detach()
-            self._train_sums[-2] += 1
-            self._train_sums[-1] += num_tokens
+            self._train_sums.add(terms, num_tokens, outputs.aux_loss if self.aux_loss_enabled else None)
         else:
-            terms = terms[:, length + 1 - token_weights.size(1) :]  # without virtual tokens
-            self._eval_sums += self._sum_over_ranks(terms, example_lengths)
-            if self.aux_loss_enabled:
-                aux_loss = self.accelerator.gather_for_metrics(outputs.aux_loss).mean().item()
-                self._metrics["eval"]["aux_loss"].append(aux_loss)
+            unchanged = loss if self._is_overridden() else None
+            self._eval_sums.add(terms, example_lengths, unchanged, outputs.aux_loss if self.aux_loss_enabled else None)
 
         if return_outputs:  # the logits, for `compute_metrics`
             with torch.no_grad():
                 outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         return (loss, outputs) if return_outputs else loss
 
-    def _sum_over_ranks(self, terms: torch.Tensor, example_lengths: torch.Tensor | None) -> torch.Tensor:
+    def _is_overridden(self) -> bool:
+        """Whether a subclass may evaluate another loss than `compute_loss` returns here."""
+        compute_loss, prediction_step = type(self).compute_loss, type(self).prediction_step
+        return compute_loss is not WITSFTTrainer.compute_loss or prediction_step is not SFTTrainer.prediction_step
+
+    def _normalise(self, weighted_sum, aux_loss, token_weights, num_items_in_batch) -> torch.Tensor:
         """
-        Adds up the terms by example, to leave out what does not count: examples that only fill up the last batch on
-        several ranks, and batches that ranks repeat under tensor and context parallelism.
+        Returns the loss from the weighted sum. As in TRL, the divisor counts the tokens of all ranks, over which the
+        gradients are averaged, and the auxiliary loss is a mean over the micro-batch.
         """
-        if example_lengths is None:
-            by_example = terms.sum(1)
-        else:  # all in one row, without the first token, which nothing predicts
-            example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
-            by_example = terms.new_zeros(len(example_lengths), NUM_TERMS)
-            by_example.index_add_(0, example, terms[0, : len(example)])
-        repeats, state = self.get_tp_size() * self.get_cp_size(), self.accelerator.gradient_state
-        if state.in_dataloader and state.remainder < 0:  # a stream: what fills up its last batch cannot be told
-            return self.accelerator.reduce(by_example.sum(0)).cpu().double() / repeats
-        # As accelerate's `gather_for_metrics`, which does not know of repeated batches. Their ranks follow each other.
-        gathered = self.accelerator.gather(by_example).unflatten(0, (-1, repeats, len(by_example)))[:, 0].flatten(0, 1)
-        if state.end_of_dataloader and state.remainder > 0:
-            gathered = gathered[: state.remainder]
-        return gathered.cpu().double().sum(0)
+        divisor = (token_weights[:, 1:] != 0).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = weighted_sum / torch.as_tensor(divisor).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as [`~trl.SFTTrainer`] does, with the metrics of each region."""
         if not {"loss", "train_loss"}.isdisjoint(logs):  # a training step or the end of training, on every rank
-            *terms, aux_loss, micro_batches, num_tokens = self.accelerator.reduce(self._train_sums).tolist()
-            self._train_sums[:-1].zero_()
-            if micro_batches:
-                self._total_train_tokens = int(num_tokens) // self._tp_size
-                logs.update({"num_tokens": self._total_train_tokens, **token_metrics(terms), **region_losses(terms)})
-                if self.aux_loss_enabled:
-                    logs["aux_loss"] = aux_loss / micro_batches
+            logs.update(self._train_sums.metrics_since_last_call(self.accelerator, self._tp_size))
+            self._total_train_tokens = logs.get("num_tokens", self._total_train_tokens)
         super().log(logs, start_time)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        self._eval_sums.zero_()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        *_, weighted_sum, count, _, _ = terms = self._eval_sums.tolist()
-        # `Trainer` averages the losses of the batches, which is no mean over tokens
-        losses = {"loss": weighted_sum / max(count, 1), **region_losses(terms)}
-        output.metrics.update({f"{metric_key_prefix}_{name}": loss for name, loss in losses.items()})
-        num_tokens = int(self.accelerator.reduce(self._train_sums)[-1]) // self._tp_size
-        for name, value in {"num_tokens": num_tokens, **token_metrics(terms)}.items():
-            self._metrics["eval"][name] = [value]  # which TRL logs with its prefix
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluates as `Trainer` does. The metrics are those of the class where `compute_loss` was reached."""
+        self._eval_sums = EvaluationSums(self.accelerator, repeats=self.get_tp_size() * self.get_cp_size())
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_sums.is_empty:  # a subclass computes another loss, without this one
+            return output
+        metrics = self._eval_sums.metrics(output.metrics.get(f"{metric_key_prefix}_loss"))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        of_trl = self._eval_sums.metrics_of_trl()
+        of_trl["num_tokens"] = self._train_sums.num_tokens(self.accelerator) // self._tp_size
+        self._metrics["eval"] |= {name: [value] for name, value in of_trl.items()}  # logged with TRL's prefix
         return output
-
-
-def _last_complete_checkpoint(output_dir: str) -> str | None:
-    """Returns the last checkpoint whose saving was not cut off, by a kill or a full disk: its state is written last."""
-    for folder in reversed(sort_checkpoints(output_dir)):
-        try:
-            TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
-            return folder
-        except (OSError, ValueError):
-            logger.warning(f"{folder} is incomplete, because its saving was cut off. Looking for an earlier one.")
-    return None

@@ -1,20 +1,26 @@
+"""`DataCollatorForVisionLanguageWIT`: TRL's batches of text and images, with a weight for each token."""
+
+import copy
 import functools
+import itertools
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers.utils import logging
 from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from ._upstream import record_replacements
 from .conversation import Conversation, chosen_chat_template
-from .data_collator import NO_PROMPT_MESSAGE, check_weight, set_targets
 from .messages import check_answer, check_messages
+from .weights import NO_PROMPT_MESSAGE, check_weight, set_targets
 
 
 logger = logging.get_logger(__name__)
@@ -84,6 +90,45 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         check_weight(_complete_row(example, self._columns(example)).get("weight"), "`weight`")
         return {}
 
+    def tokenize_rows(self, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """
+        Yields each example as the row that is trained on: `"input_ids"`, and of each token the region and the weight
+        that the data gives it, with the [`RowLengths`] as columns.
+        """
+        whole = copy.copy(self)
+        whole.max_length, whole.prompt_loss_weight, whole.completion_loss_weight = None, 1.0, 1.0
+        for example in examples:
+            batch = whole.torch_call([example])
+            length = int(batch["attention_mask"].sum())
+            names = ("input_ids", "completion_mask", "token_weights")
+            tokens = {name: batch[name][0, :length].tolist() for name in names}
+            row = {name: values[: self.max_length] for name, values in tokens.items()}
+            regions, left = tokens["completion_mask"], row["completion_mask"]
+            yield row | {
+                "prompt_length": regions.count(0),
+                "completion_length": regions.count(1),
+                "truncated": len(left) < len(regions),
+                "completion_lost": 1 in regions and 1 not in left,
+            }
+
+    def tokenize_first_rows(self, dataset: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        """
+        Returns the first rows of a data set as `tokenize_rows` does. Of several processes all must call it: each takes
+        a share, and what fails on one fails on all.
+        """
+        state = PartialState()
+        mine = itertools.islice(dataset, state.process_index, count, state.num_processes)
+        rows: list[Any]
+        try:
+            rows = list(self.tokenize_rows(mine))
+        except Exception as error:
+            rows = [error]
+        rows = gather_object(rows)
+        for row in rows:
+            if isinstance(row, Exception):
+                raise row
+        return rows
+
     def _columns(self, example: dict[str, Any]) -> list[str]:
         if "messages" in example:
             return ["messages"]
@@ -112,14 +157,17 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 if conversation is not None and self.completion_only_loss:
                     conversation.check_prompt(conversation.messages[: len(row["prompt"])])
                 conversations.append(conversation)
-        with self._image_texts() as image_texts:
-            try:
-                batch = super().torch_call([{**row} for row in rows])  # it changes what it gets
-            except _ROW_ERRORS:
-                for position, row in enumerate(rows):  # which of them?
-                    with _naming(position, row, columns):
-                        super().torch_call([{**row}])
-                raise
+        collator = copy.copy(self)
+        image_texts: set[str] = set()
+        collator.processor = record_replacements(self.processor, image_texts)
+        collate = super(DataCollatorForVisionLanguageWIT, collator).torch_call
+        try:
+            batch = collate([{**row} for row in rows])  # it changes what it gets
+        except _ROW_ERRORS:
+            for position, row in enumerate(rows):  # which of them?
+                with _naming(position, row, columns):
+                    collate([{**row}])
+            raise
         if batch["input_ids"].size(1) == 0:
             raise ValueError("No example of the batch has a token. Remove such rows.")
 
@@ -153,19 +201,6 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
     @functools.cached_property
     def _training_template(self) -> str:
         return self.chat_template or chosen_chat_template(self.processor)
-
-    @contextmanager
-    def _image_texts(self) -> Iterator[set[str]]:
-        """Collects what the processor writes in the place of each image, video and audio."""
-        texts: set[str] = set()
-        replace = self.processor.get_text_with_replacements
-
-        def replace_and_collect(text, *replacements, **named_replacements):
-            texts.update(*replacements, *named_replacements.values())
-            return replace(text, *replacements, **named_replacements)
-
-        with patch.object(self.processor, "get_text_with_replacements", replace_and_collect):
-            yield texts
 
     def _placeholder_ids(self, image_texts: set[str]) -> torch.Tensor:
         """
@@ -227,3 +262,16 @@ def _check_same_tokens(conversation: Conversation, input_ids: list[int]) -> None
             "the turns of `completion` have different weights, but its tokens are other ones than those of the whole "
             "conversation, so its turns cannot be found. Pass the conversation as `messages`."
         )
+
+
+@contextmanager
+def explain_cut_images(max_length: int | None) -> Iterator[None]:
+    """Says what to do where a model finds fewer tokens of an image than the image has."""
+    try:
+        yield
+    except ValueError as error:
+        if "Image features and image tokens do not match" not in str(error) or max_length is None:
+            raise
+        raise ValueError(
+            f"`max_length={max_length}` cuts off tokens of an image, but not the image. Raise it, or set it to `None`."
+        ) from error

@@ -1,0 +1,144 @@
+"""
+What a token weighs: its region (prompt or completion), the weight that the data gives it, and λ. From these follow
+`token_weights`, the numerator of the loss, and `labels`, which count its divisor.
+"""
+
+from typing import Any
+
+import torch
+
+
+NO_PROMPT_MESSAGE = (
+    "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no effect. Pass "
+    "prompt/completion or `messages` columns to use both weights."
+)
+# The columns of tokenized data that tell prompt and completion apart
+MASK_COLUMNS = ("labels", "completion_mask", "assistant_masks")
+REGIONS = {0: "prompt", 1: "completion", -100: "never a target"}
+
+
+def token_regions(example: dict[str, Any]) -> list[int]:
+    """
+    Returns the region of each token of a tokenized example: 1 completion, 0 prompt, -100 never a target.
+
+    It is read from `"labels"` (-100 marks the prompt), else from `"completion_mask"` and `"assistant_masks"` (the
+    completion is what is in both), else every token is completion. A token with `"attention_mask"` 0 is padding.
+
+    Raises:
+        `ValueError`: a column does not have one entry for each token, or holds other values.
+    """
+    input_ids = _token_values(example, "input_ids")
+    if len(input_ids) == 0 or input_ids.is_floating_point() or (input_ids < 0).any():
+        raise ValueError(f"`input_ids` must be the numbers of one token or more, but is {example['input_ids']!r}.")
+    names = [name for name in (*MASK_COLUMNS, "attention_mask") if name in example]
+    columns = {name: _token_values(example, name) for name in names}
+    for name, column in columns.items():
+        if len(column) != len(input_ids):
+            raise ValueError(
+                f"`{name}` has {len(column)} entries, but `input_ids` has {len(input_ids)}. Give each token one."
+            )
+    padding = columns.pop("attention_mask", torch.ones_like(input_ids)) == 0
+    if "labels" in columns:
+        labels = columns["labels"]
+        wrong = (labels != input_ids) & (labels != -100)
+        if wrong.any():
+            position = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"The label at position {position} is {labels[position].item()}, but it must be the token itself, "
+                f"{input_ids[position].item()} (completion), or -100 (prompt)."
+            )
+        columns = {"labels": labels != -100}
+    regions = torch.ones_like(input_ids)
+    for name, mask in columns.items():
+        if not ((mask == 0) | (mask == 1) | (mask == -100)).all():
+            raise ValueError(
+                f"`{name}` holds {sorted(set(mask.tolist()) - {0, 1, -100})}, but it must hold 1 for a completion "
+                "token and 0 for a prompt token. Weights are set by `prompt_loss_weight` and `completion_loss_weight`."
+            )
+        regions = regions.minimum(mask.to(regions.dtype))
+    return regions.masked_fill(padding, -100).tolist()
+
+
+def _token_values(example: dict[str, Any], name: str) -> torch.Tensor:
+    try:
+        values = torch.as_tensor(example.get(name))
+    except (TypeError, ValueError, RuntimeError):  # torch has all three for what are no numbers
+        values = torch.empty(())
+    if values.ndim != 1:
+        raise ValueError(f"`{name}` must be a list with a number for each token, but is {example.get(name)!r}.")
+    return values
+
+
+def token_weights(example: dict[str, Any]) -> torch.Tensor:
+    """
+    Returns the weight that the data itself gives each token of a tokenized example, in float32: its `"token_weights"`
+    times the `"weight"` of the row. What is missing or `None` is 1.
+
+    Raises:
+        `ValueError`: a weight is negative, not finite or not a number, or not every token has one.
+    """
+    length = len(example["input_ids"])
+    weights = torch.ones(length)
+    if example.get("token_weights") is not None:
+        weights = check_weights(example["token_weights"], "`token_weights`")
+        if weights.shape != (length,):
+            entries = " x ".join(map(str, weights.shape))
+            raise ValueError(
+                f"`token_weights` has {entries} entries, but `input_ids` has {length}. Give each token one number."
+            )
+    return weights * check_weight(example.get("weight"), "`weight`")
+
+
+def check_weights(values: Any, name: str) -> torch.Tensor:
+    """Returns weights as a tensor. Raises `ValueError` unless they are finite numbers that are not negative."""
+    try:
+        weights = torch.as_tensor(values, dtype=torch.float32)
+    except (OverflowError, TypeError, ValueError, RuntimeError):  # torch has them all for what is no number
+        weights = torch.tensor(torch.nan)
+    if not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError(f"{name} is {values!r}, but a weight must be a finite number (no text) that is not negative.")
+    return weights
+
+
+def check_weight(value: Any, name: str) -> float:
+    """Returns a single weight, 1 for `None`. Raises `ValueError` unless it is a finite number that is not negative."""
+    weight = check_weights(1 if value is None else value, name)
+    if weight.ndim > 0:
+        raise ValueError(f"{name} is {value!r}, but must be one number.")
+    return weight.item()
+
+
+def set_targets(
+    batch: dict[str, Any],
+    region: torch.Tensor,
+    data_weights: torch.Tensor,
+    prompt_loss_weight: float,
+    completion_loss_weight: float,
+) -> None:
+    """
+    Sets `"completion_mask"`, `"token_weights"` and `"labels"` of a batch from the region of each token and the weight
+    that the data gives it, both of the shape of `"input_ids"`.
+    """
+    weights = torch.zeros_like(data_weights)
+    weights[region == 0] = prompt_loss_weight
+    weights[region == 1] = completion_loss_weight
+    weights *= data_weights
+    batch["completion_mask"] = region
+    batch["token_weights"] = weights
+    batch["labels"] = batch["input_ids"].masked_fill(weights == 0, -100)
+
+
+def pop_weights(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Takes `"token_weights"` and `"completion_mask"` from a batch and returns them.
+
+    Raises:
+        `ValueError`: one of them is missing, or the labels are.
+    """
+    needed = {"token_weights", "completion_mask", "shift_labels" if "shift_labels" in batch else "labels"}
+    if missing := needed - {name for name, value in batch.items() if value is not None}:
+        raise ValueError(
+            f"The data collator returned no {sorted(missing)}. Use `wit_trl.DataCollatorForWIT` (the default), or "
+            "return all that it does."
+        )
+    return batch.pop("token_weights"), batch.pop("completion_mask")
