@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
 
@@ -173,9 +173,7 @@ def test_adapter_on_embeddings_that_the_head_shares_is_refused(train, make_model
     peft_config = LoraConfig(
         target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]}, task_type="CAUSAL_LM"
     )
-    with pytest.raises(
-        ValueError, match=r"`trainable_token_indices` is not supported .* shares the weight.* Remove it"
-    ):
+    with pytest.raises(ValueError, match=r"`trainable_token_indices` is not supported .* shares the weight"):
         train(model, peft_config=peft_config)
 
 
@@ -191,7 +189,7 @@ def test_template_that_adds_tokens_with_lora_is_refused_for_a_tied_head(
             "model": make_model(tie_word_embeddings=tied),
             "args": WITSFTConfig(**config_kwargs, chat_template_path=str(tmp_path / "chat")),
             "train_dataset": Dataset.from_list(rows),
-            "processing_class": AutoTokenizer.from_pretrained(tmp_path / "chat") if False else tokenizer,
+            "processing_class": tokenizer,
             "peft_config": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
         }
         if tied:

@@ -469,8 +469,11 @@ def test_weights_that_are_changed_later_are_refused(changed, rows, make_model, t
 
 
 def test_two_trainers_in_two_threads_keep_their_losses(rows, make_model, tokenizer, config_kwargs, tmp_path):
+    # accelerate shares the state of gradient accumulation between all trainers of a process
+    config_kwargs |= {"max_steps": 8, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+
     def make(weights):
-        output = {"output_dir": str(tmp_path / str(weights)), "max_steps": 8}
+        output = {"output_dir": str(tmp_path / str(weights))}
         return make_trainer(make_model, tokenizer, rows, config_kwargs | output, weights)
 
     def losses(trainer):

@@ -122,7 +122,13 @@ class Conversation:
             )
         except Exception as error:  # whatever a template raises
             what = "this conversation" if len(messages) == len(self.messages) else f"its first {len(messages)} turns"
-            raise ValueError(f"the chat template cannot render {what}: {error}") from error
+            remedy = ""
+            if any("content" not in message for message in messages):
+                remedy = (
+                    ". Choose a template that supports tools (`chat_template_path`), or give each message that has "
+                    "only `tool_calls` an empty `content`"
+                )
+            raise ValueError(f"the chat template cannot render {what}: {error}{remedy}") from error
 
     def tokenize(self, **kwargs: Any) -> dict[str, list[int]]:
         """Returns `"input_ids"` and, with `return_assistant_tokens_mask=True`, the template's `"assistant_masks"`."""
