@@ -23,29 +23,13 @@ TRL or in that of Alpaca, Dolly, ShareGPT or the original WIT scripts.
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
-from datasets import DatasetDict
-from transformers import AutoProcessor, LlamaForCausalLM
+from transformers import AutoProcessor
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
-from wit_trl.script_utils import (
-    embedded_config,
-    errors_in_one_sentence,
-    load_data,
-    parse_arguments,
-    select_splits,
-    train_embedded_tokenizer,
-)
-from wit_trl.stdlib_functions import load_stdlib_functions
-
-
-def build_embedded_model(dataset: DatasetDict, folder: Path) -> None:
-    """Trains a tokenizer on the data set and saves it to `folder` with a small, randomly initialised Llama."""
-    tokenizer = train_embedded_tokenizer(dataset)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    LlamaForCausalLM(embedded_config(tokenizer)).save_pretrained(folder)
+from wit_trl.cli.arguments import errors_in_one_sentence, parse_arguments
+from wit_trl.cli.data import load_data, select_splits
+from wit_trl.embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 
 
 def plot_losses(log_history: list[dict], path: Path) -> None:
@@ -77,7 +61,7 @@ def main(
         dataset = load_stdlib_functions()
         model_args.model_name_or_path = str(output_dir / "base")
         if training_args.process_index == 0:
-            build_embedded_model(dataset, output_dir / "base")
+            save_embedded_model(train_embedded_tokenizer(dataset), output_dir / "base")
         training_args.distributed_state.wait_for_everyone()
     with errors_in_one_sentence():
         if not embedded:

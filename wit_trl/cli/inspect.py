@@ -1,6 +1,5 @@
-"""The command line: `wit-trl inspect`."""
+"""`wit-trl inspect`: what the weights do to a training set."""
 
-import argparse
 import functools
 import importlib.util
 import io
@@ -15,19 +14,13 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, PreTrainedModel
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from .config import WITSFTConfig
-from .inspection import html_page, show_page
-from .script_utils import (
-    embedded_config,
-    errors_in_one_sentence,
-    load_data,
-    parse_arguments,
-    select_splits,
-    train_embedded_tokenizer,
-)
-from .stdlib_functions import load_stdlib_functions
-from .summary import lengths_by_region, plot_lengths, rows_to_inspect
-from .trainer import WITSFTTrainer
+from ..config import WITSFTConfig
+from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
+from ..inspection import html_page, show_page
+from ..summary import lengths_by_region, plot_lengths, rows_to_inspect
+from ..trainer import WITSFTTrainer
+from .arguments import errors_in_one_sentence, parse_arguments
+from .data import load_data, select_splits
 
 
 @dataclass
@@ -117,11 +110,8 @@ def build_trainer(
     return WITSFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class)
 
 
-def inspect(args: list[str]) -> None:
-    """Shows what the weights do to the training set. `args` are the arguments after `wit-trl inspect`."""
-    types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
-    inspection, *training = parse_arguments(types, args, prog="wit-trl inspect")
-    trainer = build_trainer(*training)
+def show(inspection: InspectionArguments, trainer: WITSFTTrainer) -> None:
+    """Prints the rows and the summary, and writes the files that were asked for."""
     rows = rows_to_inspect(trainer)
     if rows is None:
         raise ValueError("Only data that the trainer prepares can be shown, no data set that is packed already.")
@@ -138,9 +128,9 @@ def inspect(args: list[str]) -> None:
         print(f"Written: {file}", file=sys.stderr)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="wit-trl", description="Weighted Instruction Tuning for TRL.")
-    parser.add_argument("command", choices=["inspect"], help="show tokens and their weights as the trainer sees them")
-    parser.parse_args(sys.argv[1:2])
+def main(args: list[str]) -> None:
+    """Runs the command. `args` are the arguments after `wit-trl inspect`."""
+    types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
+    inspection, *training = parse_arguments(types, args, prog="wit-trl inspect")
     with errors_in_one_sentence():
-        inspect(sys.argv[2:])
+        show(inspection, build_trainer(*training))
