@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import io
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..embedded import embedded_config, load_stdlib_functions, train_embedded_to
 from ..inspection import html_page, show_page
 from ..summary import lengths_by_region, plot_lengths, rows_to_inspect
 from ..trainer import WITSFTTrainer
-from .arguments import errors_in_one_sentence, parse_arguments
+from .arguments import errors_in_one_sentence, parse_flags, split_debug
 from .data import load_data, select_splits
 
 
@@ -128,9 +129,11 @@ def show(inspection: InspectionArguments, trainer: WITSFTTrainer) -> None:
         print(f"Written: {file}", file=sys.stderr)
 
 
-def main(args: list[str]) -> None:
+def main(args: Sequence[str]) -> None:
     """Runs the command. `args` are the arguments after `wit-trl inspect`."""
-    types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
-    inspection, *training = parse_arguments(types, args, prog="wit-trl inspect")
-    with errors_in_one_sentence():
+    args, debug = split_debug(args)
+    with errors_in_one_sentence(debug):
+        types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
+        # Those of the launcher say nothing about the data
+        inspection, *training = parse_flags(types, args, prog="wit-trl inspect").check()
         show(inspection, build_trainer(*training))
