@@ -21,7 +21,7 @@ from ..inspection import html_page, show_page
 from ..summary import lengths_by_region, plot_lengths, rows_to_inspect
 from ..trainer import WITSFTTrainer
 from .arguments import errors_in_one_sentence, parse_flags, split_debug
-from .data import load_data, select_splits
+from .loading import errors_of_model, load_data, select_splits
 
 
 @dataclass
@@ -102,8 +102,9 @@ def build_trainer(
     else:
         dataset = load_data(script_args, dataset_args)
         kwargs = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-        model = _empty_model(name, **kwargs)
-        processing_class = AutoProcessor.from_pretrained(name, **kwargs)
+        with errors_of_model(name):
+            model = _empty_model(name, **kwargs)
+            processing_class = AutoProcessor.from_pretrained(name, **kwargs)
     # A chat template that is cloned from a model may add tokens, whose means need weights
     model.resize_token_embeddings = functools.partial(model.resize_token_embeddings, mean_resizing=False)
     split = script_args.dataset_train_split
@@ -111,7 +112,20 @@ def build_trainer(
     return WITSFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class)
 
 
-def show(inspection: InspectionArguments, trainer: WITSFTTrainer) -> None:
+def header(
+    script_args: ScriptArguments, args: WITSFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+) -> str:
+    """Returns what is shown: the model, the data set and where its rows are cut."""
+    model, data = model_args.model_name_or_path, script_args.dataset_name
+    if dataset_args.datasets:
+        data = ", ".join(part.path for part in dataset_args.datasets)
+    if model is None:
+        model = "embedded, a Llama of 2 million parameters"
+        data = "embedded, functions of Python's standard library"
+    return f"model: {model}\ndata set: {data}, split {script_args.dataset_train_split}\nmax_length: {args.max_length}\n"
+
+
+def show(inspection: InspectionArguments, header: str, trainer: WITSFTTrainer) -> None:
     """Prints the rows and the summary, and writes the files that were asked for."""
     rows = rows_to_inspect(trainer)
     if rows is None:
@@ -124,6 +138,7 @@ def show(inspection: InspectionArguments, trainer: WITSFTTrainer) -> None:
         Path(inspection.html).write_text(html_page(trainer, rows, inspection.rows, histogram), encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot encode
+    print(header)
     show_page(Console(), trainer, rows, inspection.rows)
     for file in filter(None, (inspection.html, inspection.histogram)):
         print(f"Written: {file}", file=sys.stderr)
@@ -136,4 +151,4 @@ def main(args: Sequence[str]) -> None:
         types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
         # Those of the launcher say nothing about the data
         inspection, *training = parse_flags(types, args, prog="wit-trl inspect").check()
-        show(inspection, build_trainer(*training))
+        show(inspection, header(*training), build_trainer(*training))

@@ -66,9 +66,12 @@ def _without(args: list[str], remaining: list[str]) -> list[str]:
 
 def _suit_cpu(launched: Namespace, use_cpu: bool) -> None:
     """
-    Sets what `accelerate launch` leaves to its flags, or takes from a file that was written for GPUs, if the training
-    is on a CPU: all cores, divided among the processes, instead of one for each; and no mixed precision but that of the
-    training arguments, since without instructions for it bfloat16 made a step 8 times slower.
+    Sets what `accelerate launch` does not suit to a training on CPUs, unless a flag says otherwise:
+
+    - all cores, divided among the processes, instead of one for each;
+    - no mixed precision from a file that was written for GPUs: without instructions for it, bfloat16 made a step 8
+      times slower. That of the training arguments stays;
+    - several processes, if they were asked for without a file. The launcher would start one.
     """
     config = None
     if launched.config_file is not None or Path(default_config_file).is_file():
@@ -76,12 +79,14 @@ def _suit_cpu(launched: Namespace, use_cpu: bool) -> None:
     written_for_cpu = config is not None and config.use_cpu
     if not (use_cpu or launched.cpu or written_for_cpu) and torch.accelerator.is_available():
         return
+    machines = launched.num_machines or (config and config.num_machines) or 1
+    processes = launched.num_processes or (config and config.num_processes) or 1
     if launched.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in os.environ:
-        machines = launched.num_machines or (config and config.num_machines) or 1
-        processes = launched.num_processes or (config and config.num_processes) or 1
         launched.num_cpu_threads_per_process = max(torch.get_num_threads() * machines // processes, 1)
     if launched.mixed_precision is None and not written_for_cpu:
         launched.mixed_precision = "no"
+    if config is None and processes > 1 and not (launched.use_fsdp or launched.use_deepspeed or launched.cpu):
+        launched.multi_gpu = True
 
 
 @contextmanager

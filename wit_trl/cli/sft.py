@@ -18,7 +18,7 @@ from ..config import WITSFTConfig
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 from ..trainer import WITSFTTrainer
 from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
-from .data import load_data, select_splits
+from .loading import errors_of_model, load_data, select_splits
 
 
 def check_packages(model_args: ModelConfig) -> None:
@@ -77,11 +77,11 @@ def make_trainer(
     model_args: ModelConfig,
 ) -> WITSFTTrainer:
     """Returns the trainer of this model on the splits of this data set."""
-    processing_class = AutoProcessor.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    name = model_args.model_name_or_path
+    with errors_of_model(name):
+        processing_class = AutoProcessor.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
     evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
     splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates
     datasets = select_splits(dataset, splits, processing_class, training_args)
@@ -92,7 +92,7 @@ def make_trainer(
         **(training_args.model_init_kwargs or {}),
     }
     return WITSFTTrainer(
-        model=model_args.model_name_or_path,
+        model=name,
         args=training_args,
         train_dataset=datasets[script_args.dataset_train_split],
         eval_dataset=datasets[script_args.dataset_test_split] if evaluates else None,
@@ -107,8 +107,10 @@ def report(trainer: WITSFTTrainer, split: str) -> None:
     output_dir, log_history = Path(trainer.args.output_dir), trainer.state.log_history
     say = trainer.accelerator.print
     for region in ("prompt", "completion"):
-        if losses := [f"{log[key]:.3f}" for log in log_history if (key := f"eval_{region}_loss") in log]:
-            say(f"{split} {region} loss: {' -> '.join(dict.fromkeys((losses[0], losses[-1])))} nats per token")
+        key = f"eval_{region}_loss"
+        if losses := [f"{log[key]:.3f}" for log in log_history if key in log]:
+            first_and_last = losses[:1] + losses[1:][-1:]
+            say(f"{split} {region} loss: {' -> '.join(first_and_last)} nats per token")
     if importlib.util.find_spec("matplotlib") is None:
         say(f"Model saved to {output_dir}. For a picture of the losses, install matplotlib: `pip install matplotlib`.")
         return

@@ -1,6 +1,7 @@
-"""The data of the commands: from the Hub, a local folder or a local file, in a format of TRL."""
+"""What the commands load by name: the data, in a format of TRL, and what fails with the name of a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
@@ -9,6 +10,21 @@ from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..config import WITSFTConfig
 from ..schemas import to_trl_format
+
+
+@contextmanager
+def errors_of_model(name: str) -> Iterator[None]:
+    """Raises `ValueError` that says what to check, if the model is not found while something of it is loaded."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():  # what is missing is in there, and the error says what
+            raise
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"There is no folder {name}, and the Hub gives no model of this name: {cause}. Check --model_name_or_path "
+            "and the connection; a private or gated model needs `hf auth login`."
+        ) from error
 
 
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
