@@ -172,7 +172,7 @@ def test_embedded_default(run, tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", "from wit_trl.cli import main; main()", "inspect", "--html", "page.html"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=120,

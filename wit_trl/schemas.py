@@ -1,3 +1,5 @@
+"""Data sets of other schemas, brought into a format of TRL."""
+
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -64,12 +66,20 @@ def to_trl_format(
     # Alpaca has a `text` too, in which the answer cannot be told from the question
     if any(known <= columns for known in _TRL_COLUMNS) or (not similar and dataset_text_field in columns):
         return dataset
+    if schema is None and {"chosen", "rejected"} <= columns:
+        name = "completion" if "prompt" in columns else "messages"
+        raise ValueError(
+            f"The columns {sorted(columns)} are preference data, for TRL's `DPOTrainer`. To train on the chosen "
+            f"answers alone, rename `chosen` to `{name}` and remove `rejected`."
+        )
     if schema is None:
         known = [f"{name} ({', '.join((*question, answer))})" for name, (question, answer) in _SCHEMAS.items()]
+        renamed = {"question", "answer"} <= columns
+        remedy = "`question` to `prompt` and `answer` to `completion`" if renamed else "the columns"
         raise ValueError(
             f"The columns {sorted(columns)} are those of no known schema. Known are {', '.join(known)}, ShareGPT "
             f"(conversations) and TRL's own: prompt and completion, messages, {dataset_text_field}, input_ids. Rename "
-            "the columns, and remove those that are of none or of another schema."
+            f"{remedy}, and remove those that are of none or of another schema."
         )
     question, answer = _SCHEMAS[schema]
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

@@ -1,10 +1,10 @@
-"""The command line: `wit-trl inspect`."""
+"""`wit-trl inspect`: what the weights do to a training set."""
 
-import argparse
 import functools
 import importlib.util
 import io
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,13 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, PreTrainedModel
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from .config import WITSFTConfig
-from .inspection import html_page, show_page
-from .script_utils import (
-    embedded_config,
-    errors_in_one_sentence,
-    load_data,
-    parse_arguments,
-    select_splits,
-    train_embedded_tokenizer,
-)
-from .stdlib_functions import load_stdlib_functions
-from .summary import lengths_by_region, plot_lengths, rows_to_inspect
-from .trainer import WITSFTTrainer
+from ..config import WITSFTConfig
+from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
+from ..inspection import html_page, show_page
+from ..summary import lengths_by_region, plot_lengths, rows_to_inspect
+from ..trainer import WITSFTTrainer
+from .arguments import errors_in_one_sentence, parse_flags, split_debug
+from .loading import errors_of_model, load_data, select_splits
 
 
 @dataclass
@@ -108,8 +102,9 @@ def build_trainer(
     else:
         dataset = load_data(script_args, dataset_args)
         kwargs = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-        model = _empty_model(name, **kwargs)
-        processing_class = AutoProcessor.from_pretrained(name, **kwargs)
+        with errors_of_model(name):
+            model = _empty_model(name, **kwargs)
+            processing_class = AutoProcessor.from_pretrained(name, **kwargs)
     # A chat template that is cloned from a model may add tokens, whose means need weights
     model.resize_token_embeddings = functools.partial(model.resize_token_embeddings, mean_resizing=False)
     split = script_args.dataset_train_split
@@ -117,11 +112,21 @@ def build_trainer(
     return WITSFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class)
 
 
-def inspect(args: list[str]) -> None:
-    """Shows what the weights do to the training set. `args` are the arguments after `wit-trl inspect`."""
-    types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
-    inspection, *training = parse_arguments(types, args, prog="wit-trl inspect")
-    trainer = build_trainer(*training)
+def header(
+    script_args: ScriptArguments, args: WITSFTConfig, model_args: ModelConfig, dataset_args: DatasetMixtureConfig
+) -> str:
+    """Returns what is shown: the model, the data set and where its rows are cut."""
+    model, data = model_args.model_name_or_path, script_args.dataset_name
+    if dataset_args.datasets:
+        data = ", ".join(part.path for part in dataset_args.datasets)
+    if model is None:
+        model = "embedded, a Llama of 2 million parameters"
+        data = "embedded, functions of Python's standard library"
+    return f"model: {model}\ndata set: {data}, split {script_args.dataset_train_split}\nmax_length: {args.max_length}\n"
+
+
+def show(inspection: InspectionArguments, header: str, trainer: WITSFTTrainer) -> None:
+    """Prints the rows and the summary, and writes the files that were asked for."""
     rows = rows_to_inspect(trainer)
     if rows is None:
         raise ValueError("Only data that the trainer prepares can be shown, no data set that is packed already.")
@@ -133,14 +138,17 @@ def inspect(args: list[str]) -> None:
         Path(inspection.html).write_text(html_page(trainer, rows, inspection.rows, histogram), encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot encode
+    print(header)
     show_page(Console(), trainer, rows, inspection.rows)
     for file in filter(None, (inspection.html, inspection.histogram)):
         print(f"Written: {file}", file=sys.stderr)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="wit-trl", description="Weighted Instruction Tuning for TRL.")
-    parser.add_argument("command", choices=["inspect"], help="show tokens and their weights as the trainer sees them")
-    parser.parse_args(sys.argv[1:2])
-    with errors_in_one_sentence():
-        inspect(sys.argv[2:])
+def main(args: Sequence[str]) -> None:
+    """Runs the command. `args` are the arguments after `wit-trl inspect`."""
+    args, debug = split_debug(args)
+    with errors_in_one_sentence(debug):
+        types = (InspectionArguments, ScriptArguments, _DataConfig, ModelConfig, DatasetMixtureConfig)
+        # Those of the launcher say nothing about the data
+        inspection, *training = parse_flags(types, args, prog="wit-trl inspect").check()
+        show(inspection, header(*training), build_trainer(*training))

@@ -2,7 +2,7 @@ import ast
 
 import pytest
 
-from wit_trl.stdlib_functions import load_stdlib_functions
+from wit_trl.embedded import load_stdlib_functions
 
 
 @pytest.fixture(scope="module")

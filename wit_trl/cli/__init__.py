@@ -1,0 +1,34 @@
+"""The command line. A command is imported when it runs, so that `wit-trl --help` takes no time."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs `wit-trl`. `args` are the arguments after it, by default those of the process."""
+    args = list(sys.argv[1:] if args is None else args)
+    parser = argparse.ArgumentParser(
+        prog="wit-trl", description="Weighted Instruction Tuning for TRL.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=_Versions, help="print what a bug report needs, and exit")
+    commands = parser.add_subparsers(dest="command", required=True)
+    # Their flags, and the help on them, are those of the command
+    commands.add_parser("sft", add_help=False, help="train a model, on any number of devices")
+    commands.add_parser("inspect", add_help=False, help="show tokens and their weights as the trainer sees them")
+    command = parser.parse_args(args[:1]).command
+    module = {"sft": "launch", "inspect": "inspect"}[command]
+    importlib.import_module(f".{module}", __name__).main(args[1:])
+
+
+class _Versions(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        from .versions import versions
+
+        print(versions(), end="")
+        parser.exit()

@@ -1,0 +1,172 @@
+"""
+`wit-trl sft`: the training, in each of the processes that are launched. `launch.py` starts them.
+
+This module is also what `examples/sft_wit.py` runs.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import DatasetDict
+from transformers import AutoProcessor
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from ..config import WITSFTConfig
+from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
+from ..trainer import WITSFTTrainer
+from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
+from .loading import errors_of_model, load_data, select_splits
+
+
+def check_packages(model_args: ModelConfig) -> None:
+    """Raises `ValueError` if a flag needs a package that is not installed."""
+    for flag, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes"), ("load_in_8bit", "bitsandbytes")):
+        if getattr(model_args, flag) and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{flag} needs {package}. Install it with `pip install {package}`.")
+
+
+def make_output_dir(folder: Path) -> None:
+    """Creates the output folder. Raises `ValueError` if nothing can be written there."""
+    remedy = "Choose another folder with --output_dir."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The output folder {folder} cannot be created ({error.strerror}). {remedy}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"Nothing can be written to the output folder {folder}. {remedy}")
+
+
+def plot_losses(log_history: list[dict], path: Path) -> None:
+    """Draws the loss of both regions, in training and in evaluation, over the steps."""
+    from matplotlib.figure import Figure  # of the extra `plot`
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for region, colour in (("prompt", "tab:blue"), ("completion", "tab:orange")):
+        for prefix, style in (("", ".-"), ("eval_", "o--")):
+            key = f"{prefix}{region}_loss"
+            # Without the summary, whose losses are those of the few steps since the last log
+            points = [(log["step"], log[key]) for log in log_history if key in log and "train_loss" not in log]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=key)
+    axes.set(xlabel="step", ylabel="nats per token", title="Unweighted loss of each region")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def embedded_data(training_args: WITSFTConfig, model_args: ModelConfig) -> DatasetDict:
+    """Returns the embedded data set, and names its model, which the first process saves to the output folder."""
+    dataset = load_stdlib_functions()
+    folder = Path(training_args.output_dir) / "base"
+    model_args.model_name_or_path = str(folder)
+    if training_args.process_index == 0:
+        save_embedded_model(train_embedded_tokenizer(dataset), folder)
+    training_args.distributed_state.wait_for_everyone()
+    return dataset
+
+
+def make_trainer(
+    dataset: DatasetDict,
+    script_args: ScriptArguments,
+    training_args: WITSFTConfig,
+    model_args: ModelConfig,
+) -> WITSFTTrainer:
+    """Returns the trainer of this model on the splits of this data set."""
+    name = model_args.model_name_or_path
+    with errors_of_model(name):
+        processing_class = AutoProcessor.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
+    splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates
+    datasets = select_splits(dataset, splits, processing_class, training_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return WITSFTTrainer(
+        model=name,
+        args=training_args,
+        train_dataset=datasets[script_args.dataset_train_split],
+        eval_dataset=datasets[script_args.dataset_test_split] if evaluates else None,
+        processing_class=processing_class,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def report(trainer: WITSFTTrainer, split: str) -> None:
+    """Prints the losses of this split and where the model is, and draws the curves if matplotlib is installed."""
+    output_dir, log_history = Path(trainer.args.output_dir), trainer.state.log_history
+    say = trainer.accelerator.print
+    for region in ("prompt", "completion"):
+        key = f"eval_{region}_loss"
+        if losses := [f"{log[key]:.3f}" for log in log_history if key in log]:
+            first_and_last = losses[:1] + losses[1:][-1:]
+            say(f"{split} {region} loss: {' -> '.join(first_and_last)} nats per token")
+    if importlib.util.find_spec("matplotlib") is None:
+        say(f"Model saved to {output_dir}. For a picture of the losses, install matplotlib: `pip install matplotlib`.")
+        return
+    if trainer.is_world_process_zero():
+        plot_losses(log_history, output_dir / "losses.png")
+    say(f"Model and loss curves (losses.png) saved to {output_dir}.")
+
+
+def show_sample(trainer: WITSFTTrainer, prompt: str) -> None:
+    """Prints what the model writes after a prompt."""
+    tokenizer = trainer.processing_class
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(trainer.model.device)
+    generated = trainer.model.generate(**inputs, max_new_tokens=80, do_sample=False)
+    completion = tokenizer.decode(generated[0, inputs["input_ids"].size(1) :])
+    trainer.accelerator.print(f"\nA held-out prompt:\n\n{prompt}\nWhat the model writes:\n\n{completion}")
+
+
+def train(
+    script_args: ScriptArguments,
+    training_args: WITSFTConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+    debug: bool = False,
+) -> None:
+    """Trains, saves the model and reports. Without a model's name, it is the embedded default."""
+    embedded = model_args.model_name_or_path is None
+    with errors_in_one_sentence(debug):
+        check_packages(model_args)
+        make_output_dir(Path(training_args.output_dir))
+        dataset = embedded_data(training_args, model_args) if embedded else load_data(script_args, dataset_args)
+        trainer = make_trainer(dataset, script_args, training_args, model_args)
+
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
+    trainer.save_model()
+    report(trainer, script_args.dataset_test_split)
+    if embedded and not trainer.is_fsdp_enabled:  # the model is whole
+        show_sample(trainer, dataset["validation"][0]["prompt"])
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Trains in this process. `args` are the flags of the training, by default those of the process."""
+    args, debug = split_debug(sys.argv[1:] if args is None else args)
+    with errors_in_one_sentence(debug):
+        flags = parse_flags(TRAINING_TYPES, args)
+        if flags.launch_on_line:
+            raise ValueError(
+                f"{flags.launch_on_line[0]} is a flag of the launcher. Give it to `wit-trl sft`, or to "
+                "`accelerate launch` before the name of the script."
+            )
+        arguments = flags.check()
+    train(*arguments, debug=debug)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`wit-trl --version`: what a bug report needs."""
+
+import importlib.metadata
+import platform
+
+import torch
+
+from .. import __version__
+
+
+_PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed", "matplotlib")
+
+
+def versions() -> str:
+    """Returns the versions of this package, of what it stands on and of the machine, one on a line."""
+    facts = {
+        "wit_trl": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "not in this build of torch",
+        "device": _device(),
+    }
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    return "".join(f"{name}: {fact}\n" for name, fact in facts.items())
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    if torch.accelerator.is_available():
+        return f"{torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}"
+    return f"CPU, {torch.get_num_threads()} threads"
