@@ -594,6 +594,18 @@ def test_unknown_columns_are_refused(columns, make_model, tokenizer, config_kwar
         make_trainer(make_model, tokenizer, rows, config_kwargs)
 
 
+@pytest.mark.parametrize(
+    ("columns", "remedy"),
+    [
+        (["chosen", "rejected"], "preference data, for TRL's `DPOTrainer`.* rename `chosen` to `messages`"),
+        (["question", "answer"], "Rename `question` to `prompt` and `answer` to `completion`"),
+    ],
+)
+def test_columns_of_another_trainer_or_name_get_their_remedy(columns, remedy, make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match=remedy):
+        make_trainer(make_model, tokenizer, [dict.fromkeys(columns, "text")], config_kwargs)
+
+
 def test_empty_data_is_refused(rows, make_model, tokenizer, config_kwargs):
     empty = Dataset.from_dict({"prompt": [], "completion": []})
     with pytest.raises(ValueError, match=r"`train_dataset` is empty\. Check the file"):

@@ -19,6 +19,7 @@ from .config import WITSFTConfig
 from .conversation import Conversation, chosen_chat_template, training_chat_template
 from .messages import check_answer, check_messages, check_unicode
 from .report import LENGTH_COLUMNS
+from .schemas import remedy_for
 from .weights import MASK_COLUMNS, NO_PROMPT_MESSAGE, token_regions, token_weights
 
 
@@ -135,9 +136,9 @@ class DataPreparation:
         else:
             raise ValueError(
                 f"The {self.dataset_name} dataset has the columns {sorted(columns)}, but needs `prompt` and "
-                f"`completion`, `messages`, `conversations`, `{self.args.dataset_text_field}` or `input_ids`. Rename "
-                "its columns, convert Alpaca, Dolly or WIT data with `wit_trl.to_trl_format`, or make text of them "
-                "with `formatting_func`."
+                f"`completion`, `messages`, `conversations`, `{self.args.dataset_text_field}` or `input_ids`. "
+                f"{remedy_for(columns)} `wit_trl.to_trl_format` converts Alpaca, Dolly and WIT data, and "
+                "`formatting_func` makes text of any columns."
             )
         return self.map_rows(dataset, function, "Checking rows")
 

@@ -1,6 +1,7 @@
 """The rows of a training set as the trainer sees them, in the terminal and as a page for a browser."""
 
 import base64
+import html
 import io
 import itertools
 import unicodedata
@@ -34,6 +35,7 @@ img {{ max-width: 100%; }}
 </style>
 </head>
 <body>
+<p>TITLE</p>
 <pre>{code}</pre>
 <img alt="Lengths of prompts and completions" src="data:image/png;base64,HISTOGRAM">
 </body>
@@ -139,7 +141,6 @@ def _token_style(region: int, weight: float, shade: int) -> Style:
 
 def show_page(
     console: Console,
-    title: str,
     rows: Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     report: WeightReport,
@@ -150,8 +151,6 @@ def show_page(
     Args:
         console ([`~rich.console.Console`]):
             Where to.
-        title (`str`):
-            First line.
         rows (`Iterable[dict]`):
             The rows to show, as `DataCollatorForWIT` takes them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -167,7 +166,6 @@ def show_page(
         "special token", Style(bold=True, underline=True)
     )
     legend.append(" ").append(_DOCUMENT_START, "bold red").append("first token of a document")
-    console.print(Text(title, "bold"), soft_wrap=True)
     console.print(legend, soft_wrap=True)
     for number, row in enumerate(rows):
         documents = len(row.get("seq_lengths", [0]))
@@ -185,10 +183,13 @@ def html_page(
     report: WeightReport,
     histogram: bytes,
 ) -> str:
-    """Returns the page of `show_page` and the histogram (PNG) as HTML."""
+    """Returns the page of `show_page`, under a title of any number of lines, and the histogram (PNG) as HTML."""
     console = Console(file=io.StringIO(), record=True, width=100)
-    show_page(console, title, rows, tokenizer, report)
-    return console.export_html(code_format=_HTML.replace("HISTOGRAM", base64.b64encode(histogram).decode()))
+    show_page(console, rows, tokenizer, report)
+    page = _HTML.replace("HISTOGRAM", base64.b64encode(histogram).decode())
+    # rich reads braces as its own
+    title = html.escape(title.strip()).replace("{", "{{").replace("}", "}}").replace("\n", "<br>\n")
+    return console.export_html(code_format=page.replace("TITLE", title))
 
 
 def plot_lengths(prompt: np.ndarray, completion: np.ndarray) -> bytes:

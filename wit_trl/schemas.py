@@ -4,8 +4,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import global_then_local_main_first
+
+from ._upstream import get_dataset_column_names, global_then_local_main_first
 
 
 _TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
@@ -66,20 +66,12 @@ def to_trl_format(
     # Alpaca has a `text` too, in which the answer cannot be told from the question
     if any(known <= columns for known in _TRL_COLUMNS) or (not similar and dataset_text_field in columns):
         return dataset
-    if schema is None and {"chosen", "rejected"} <= columns:
-        name = "completion" if "prompt" in columns else "messages"
-        raise ValueError(
-            f"The columns {sorted(columns)} are preference data, for TRL's `DPOTrainer`. To train on the chosen "
-            f"answers alone, rename `chosen` to `{name}` and remove `rejected`."
-        )
     if schema is None:
         known = [f"{name} ({', '.join((*question, answer))})" for name, (question, answer) in _SCHEMAS.items()]
-        renamed = {"question", "answer"} <= columns
-        remedy = "`question` to `prompt` and `answer` to `completion`" if renamed else "the columns"
         raise ValueError(
             f"The columns {sorted(columns)} are those of no known schema. Known are {', '.join(known)}, ShareGPT "
-            f"(conversations) and TRL's own: prompt and completion, messages, {dataset_text_field}, input_ids. Rename "
-            f"{remedy}, and remove those that are of none or of another schema."
+            f"(conversations) and TRL's own: prompt and completion, messages, {dataset_text_field}, input_ids. "
+            f"{remedy_for(columns)}"
         )
     question, answer = _SCHEMAS[schema]
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
@@ -106,3 +98,16 @@ def to_trl_format(
     used = [name for name in (*question, answer, dataset_text_field) if name in columns and name != "prompt"]
     with global_then_local_main_first():
         return dataset.map(convert, with_indices=True, remove_columns=used)
+
+
+def remedy_for(columns: set[str]) -> str:
+    """Returns what to do with a data set of these columns, which are those of no schema."""
+    if {"chosen", "rejected"} <= columns:
+        name = "completion" if "prompt" in columns else "messages"
+        return (
+            "This is preference data, for TRL's `DPOTrainer`. To train on the chosen answers alone, rename `chosen` to "
+            f"`{name}` and remove `rejected`."
+        )
+    if {"question", "answer"} <= columns:
+        return "Rename `question` to `prompt` and `answer` to `completion`."
+    return "Rename the columns, and remove those that are of none or of another schema."

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import io
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +13,21 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..config import WITSFTConfig
 from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
-from ..inspection import html_page, show_page
-from ..summary import lengths_by_region, plot_lengths, rows_to_inspect
+from ..inspection import html_page, plot_lengths, show_page
 from ..trainer import WITSFTTrainer
+from ..vision_data_collator import DataCollatorForVisionLanguageWIT
 from .arguments import errors_in_one_sentence, parse_flags, split_debug
 from .loading import errors_of_model, load_data, select_splits
 
@@ -126,20 +134,23 @@ def header(
 
 
 def show(inspection: InspectionArguments, header: str, trainer: WITSFTTrainer) -> None:
-    """Prints the rows and the summary, and writes the files that were asked for."""
-    rows = rows_to_inspect(trainer)
-    if rows is None:
-        raise ValueError("Only data that the trainer prepares can be shown, no data set that is packed already.")
+    """Prints the rows and the report, and writes the files that were asked for."""
+    report = trainer.weight_report()
+    rows = itertools.islice(trainer.train_dataset, inspection.rows)
+    if isinstance(trainer.data_collator, DataCollatorForVisionLanguageWIT):
+        rows = trainer.data_collator.tokenize_rows(rows)
+    processing_class = trainer.processing_class
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    shown = (list(rows), tokenizer, report)
     if inspection.histogram is not None:
-        lengths = lengths_by_region(rows[0])
-        histogram = plot_lengths(*lengths)
+        histogram = plot_lengths(*report.lengths)
         Path(inspection.histogram).write_bytes(histogram)
     if inspection.html is not None:
-        Path(inspection.html).write_text(html_page(trainer, rows, inspection.rows, histogram), encoding="utf-8")
+        Path(inspection.html).write_text(html_page(header, *shown, histogram), encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot encode
     print(header)
-    show_page(Console(), trainer, rows, inspection.rows)
+    show_page(Console(), *shown)
     for file in filter(None, (inspection.html, inspection.histogram)):
         print(f"Written: {file}", file=sys.stderr)
 
