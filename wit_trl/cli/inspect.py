@@ -5,7 +5,7 @@ import importlib.util
 import io
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def header(
 def show(inspection: InspectionArguments, header: str, trainer: WITSFTTrainer) -> None:
     """Prints the rows and the report, and writes the files that were asked for."""
     report = trainer.weight_report()
-    rows = itertools.islice(trainer.train_dataset, inspection.rows)
+    rows: Iterable = itertools.islice(trainer.train_dataset, inspection.rows)
     if isinstance(trainer.data_collator, DataCollatorForVisionLanguageWIT):
         rows = trainer.data_collator.tokenize_rows(rows)
     processing_class = trainer.processing_class
