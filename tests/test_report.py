@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from rich.console import Console
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
@@ -235,3 +235,98 @@ def test_lengths_by_region_and_their_histogram(rows):
     packed = with_weights([0, 1, 0, 0, 1]).add_column("seq_lengths", [[2, 3]])
     assert [lengths.tolist() for lengths in weigh(packed, (0.2, 0.8)).lengths] == [[1, 2], [1, 1]]
     assert plot_lengths(prompt, completion).startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def prepared(rows, make_trainer):
+    """A trainer whose rows are truncated, and of whose rows some were dropped."""
+    trainer = make_trainer(Dataset.from_list(rows), max_steps=1, max_length=16)
+    assert trainer.weight_report().dropped > 0
+    return trainer
+
+
+def labelled(rows):
+    """The same rows with labels in the place of the mask."""
+    return [
+        {
+            "input_ids": row["input_ids"],
+            "labels": [t if m else -100 for t, m in zip(row["input_ids"], row["completion_mask"], strict=True)],
+        }
+        for row in rows
+    ]
+
+
+REPLACEMENTS = {
+    "selection": lambda dataset, rows: dataset.select(range(3, 20)),
+    "concatenation": lambda dataset, rows: concatenate_datasets([dataset, dataset.select(range(5))]),
+    "prepared stream": lambda dataset, rows: dataset.to_iterable_dataset(),
+    "stream": lambda dataset, rows: IterableDataset.from_generator(lambda: iter(labelled(rows))),
+    "list": lambda dataset, rows: rows,
+    "labels": lambda dataset, rows: Dataset.from_list(labelled(rows)),
+    "completion_mask": lambda dataset, rows: Dataset.from_list(rows),
+}
+
+
+@pytest.mark.parametrize("kind", REPLACEMENTS)
+def test_replaced_training_set_is_counted_as_it_is(kind, prepared, rows, capsys):
+    rows = [row for row in rows if len(row["input_ids"]) > 1]
+    for row in rows:
+        del row["attention_mask"]
+    dataset = prepared.train_dataset = REPLACEMENTS[kind](prepared.train_dataset, rows)
+    tokens, nonzero, weight = loops(prepared)
+    report = prepared.weight_report()
+    assert (report.tokens, report.nonzero) == (tokens, nonzero)
+    assert report.weight == pytest.approx(weight, rel=1e-6)
+    assert report.rows == len(list(dataset))
+    assert report.partial == isinstance(dataset, IterableDataset)
+    assert report.dropped is None  # nobody knows of any
+    if kind in ("selection", "concatenation", "prepared stream"):
+        assert report.truncated == sum(row["truncated"] for row in dataset) > 0
+    else:
+        assert report.truncated is None
+        assert re.search("rows truncated +unknown", text_of(report))
+    prepared.train()
+    assert "What is weighted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("switched_off", [False, True])
+def test_table_never_ends_a_training_and_can_be_switched_off(switched_off, rows, make_trainer, capsys, caplog):
+    arguments = {"max_steps": 1, "print_weight_report": not switched_off}
+    make_trainer(Dataset.from_list(rows), **arguments).train()
+    assert ("What is weighted" in capsys.readouterr().out) != switched_off
+
+    def weight_report():
+        raise LookupError("cannot be read")
+
+    trainer = make_trainer(Dataset.from_list(rows), **arguments)
+    trainer.weight_report = weight_report
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert ("There is no table of what is weighted: cannot be read" in caplog.text) != switched_off
+
+
+def test_rows_that_are_not_tokenized_are_told(prepared):
+    prepared.train_dataset = [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(ValueError, match="`input_ids` must be"):
+        prepared.weight_report()
+
+
+@pytest.mark.parametrize(("weights", "told"), [((1.5e9, 0.8), "completion"), ((1e-9, 1), "prompt"), ((0.01, 1), None)])
+def test_region_of_hardly_any_weight_is_told(weights, told, rows, make_trainer, caplog):
+    prompt_loss_weight, completion_loss_weight = weights
+    arguments = {"prompt_loss_weight": prompt_loss_weight, "completion_loss_weight": completion_loss_weight}
+    make_trainer(Dataset.from_list(rows), max_steps=1, **arguments).train()
+    assert re.findall(r"The (\w+) has less than 0\.1% of the weight", caplog.text) == ([told] if told else [])
+
+
+def test_start_says_what_compares_and_what_messages_were(messages, prompt_completion, make_trainer, capsys):
+    for dataset, arguments, told in (
+        (messages, {}, True),
+        (messages, {"assistant_only_loss": True}, False),
+        (messages, {"prompt_loss_weight": 1, "completion_loss_weight": 1}, False),
+        (prompt_completion, {}, False),
+    ):
+        make_trainer(dataset.select(range(4)), max_steps=1, **arguments).train()
+        output = capsys.readouterr().out
+        assert "loss is weighted; prompt_loss and completion_loss compare between runs." in output
+        assert ("SFTTrainer trains messages with (1, 1), unless assistant_only_loss is set." in output) == told

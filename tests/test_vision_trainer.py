@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,3 +382,31 @@ def test_inspect_shows_the_images_as_one(llava, llava_rows, tmp_path, monkeypatc
     assert f"[never a target 0]<image> x {images} " in output
     assert "[completion 0.8] A test of images.</s>" in output
     assert "What is weighted in 3 rows" in output
+
+
+def test_every_process_counts_a_share_of_the_rows(llava, llava_rows, config_kwargs, monkeypatch):
+    trainer = make_trainer("llava", llava, llava_rows, config_kwargs)
+    whole = trainer.data_collator.tokenize_first_rows(llava_rows, 100)
+    shares = []
+    for rank in (0, 1):
+        state = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr("wit_trl.vision_data_collator.PartialState", lambda state=state: state)
+        shares.append(trainer.data_collator.tokenize_first_rows(llava_rows, 100))
+    assert shares == [whole[0::2], whole[1::2]]
+
+
+def test_what_fails_on_one_process_fails_on_all(llava, llava_rows, config_kwargs, monkeypatch):
+    trainer = make_trainer("llava", llava, llava_rows, config_kwargs)
+    elsewhere = [ValueError("wrong on another process")]
+    monkeypatch.setattr("wit_trl.vision_data_collator.gather_object", lambda rows: rows + elsewhere)
+    with pytest.raises(ValueError, match="wrong on another process"):
+        trainer.weight_report()
+
+
+def test_no_completion_left_is_refused_with_images(llava, llava_rows, config_kwargs):
+    question = {"role": "user", "content": "Long? " * 50}
+    rows = [{"messages": [question, *row["messages"][1:]], "images": []} for row in llava_rows]
+    config_kwargs |= {"max_length": 16}
+    with pytest.raises(ValueError, match=r"No example .* left to train on in its completion.* `max_length` is 16"):
+        make_trainer("llava", llava, rows, config_kwargs)
+    make_trainer("llava", llava, rows, config_kwargs, (0.2, 0.0))

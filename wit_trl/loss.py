@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from trl.kernels import ChunkedLogProbFunction
 
+from ._upstream import ChunkedLogProbFunction
 from .kernels import one_pass
 
 

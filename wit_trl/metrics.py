@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from trl.trainer.utils import FusedCausalLMOutput
+
+from ._upstream import FusedCausalLMOutput
 
 
 class TokenSums(NamedTuple):

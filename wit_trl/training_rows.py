@@ -113,15 +113,22 @@ def check_image_rows(
     dataset: Dataset | IterableDataset, collator: DataCollatorForVisionLanguageWIT, args: WITSFTConfig
 ) -> None:
     """
-    Raises `ValueError` if a row is wrong but for its images, which are not read, or if no row has a target: it stops at
-    the first that has one.
+    Raises `ValueError` if a row is wrong but for its images, which are not read, or if no row has a target, in its
+    completion if that has a weight: it stops at the first that has one.
     """
+    in_completion = args.completion_loss_weight > 0
+
+    def has_target(row):
+        batch = collator([row])
+        return ((batch["labels"] != -100) & (batch["completion_mask"] >= int(in_completion))).any()
+
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
         DataPreparation(args, False, "train").map_rows(texts, collator.check_row, "Checking rows")
-    if not any((collator([row])["labels"] != -100).any() for row in dataset):
+    if not any(map(has_target, dataset)):
         raise ValueError(
-            "No example of the train dataset has a token left to train on. The weights of prompt and completion are "
+            f"No example of the train dataset has a token left to train on{' in its completion' * in_completion}. The "
+            "weights of prompt and completion are "
             f"{(args.prompt_loss_weight, args.completion_loss_weight)}, and `max_length` is {args.max_length}. Raise "
             "`max_length`, give the other region a weight, or check the data."
         )
