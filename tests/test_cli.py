@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from wit_trl import cli, inspection
+from wit_trl.cli import inspect  # noqa: F401
 
 from .conftest import train_tokenizer
 
@@ -178,6 +179,10 @@ def test_embedded_default(run, tmp_path):
         timeout=120,
     )
     assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(
+        "model: embedded, a Llama of 2 million parameters\n"
+        "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n"
+    )
     assert process.stdout.count("\n▌Write[prompt 0.2] the Python function") == 3
     assert re.search(r"What is weighted in [\d,]+ rows", process.stdout)
     assert {file.name for file in tmp_path.iterdir()} == {"page.html", "page.png"}  # and no output folder
@@ -209,6 +214,18 @@ def test_weights_and_packing_of_a_configuration_file(run, model_folder, jsonl, t
     assert output.count("▌") > 2  # one in the legend
     assert re.search(r"prompt +0 +[1-9].* 0.0%", output)
     assert re.search(r"conventional tuning \* +x 0.5\b", output)
+
+
+def test_header_names_what_is_shown(run, model_folder, jsonl):
+    data = ("--model_name_or_path", model_folder, "--dataset_name", jsonl)
+    output = run(*data, "--rows", 0, "--max_length", 40)
+    assert output.startswith(f"model: {model_folder}\ndata set: {jsonl}, split train\nmax_length: 40\n\n[prompt 0.2]")
+
+
+def test_flags_of_the_launcher_say_nothing_about_the_data(run, model_folder, jsonl, tmp_path):
+    (tmp_path / "config.yaml").write_text("accelerate_config: fsdp\nnum_processes: 8\n")
+    data = ("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--rows", 0)
+    assert run(*data, "--config", "config.yaml", "--num_machines", 2) == run(*data)
 
 
 def test_streaming_data(run, model_folder, jsonl):
@@ -273,12 +290,21 @@ def test_histogram_alone(run, model_folder, jsonl, tmp_path):
         (["--config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),
         (["--config", "broken.jsonl"], "broken.jsonl"),
         (["--no_such_flag", "1"], "--no_such_flag"),
+        (
+            ["--model_name_or_path", "missing", "--dataset_name", "DATA"],
+            "There is no folder missing, and the Hub gives",
+        ),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "preference.jsonl"],
+            "are preference data, for TRL's `DPOTrainer`. To train on the chosen answers alone",
+        ),
     ],
 )
 def test_errors_end_in_one_sentence(arguments, message, run, model_folder, jsonl, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", ')
     (tmp_path / "empty.csv").touch()
     (tmp_path / "columns.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "preference.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     names = {"MODEL": model_folder, "DATA": jsonl}
     error = run(*(names.get(argument, argument) for argument in arguments), fails=True)
     assert error.startswith("error: ")

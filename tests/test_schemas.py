@@ -69,6 +69,18 @@ def test_unknown_schema_is_refused(tokenizer):
         to_trl_format(Dataset.from_list([{"question": "a", "answer": "b"}]), tokenizer)
 
 
+def test_questions_and_answers_are_refused_with_their_new_names(tokenizer):
+    with pytest.raises(ValueError, match="Rename `question` to `prompt` and `answer` to `completion`, and remove"):
+        to_trl_format(Dataset.from_list([{"question": "a", "answer": "b", "id": 1}]), tokenizer)
+
+
+@pytest.mark.parametrize(("columns", "name"), [(["prompt"], "completion"), ([], "messages"), (["id"], "messages")])
+def test_preference_data_is_refused_with_the_trainer_for_it(columns, name, tokenizer):
+    message = rf"are preference data, for TRL's `DPOTrainer`\. To .* alone, rename `chosen` to `{name}` and remove `rej"
+    with pytest.raises(ValueError, match=message):
+        to_trl_format(Dataset.from_list([dict.fromkeys([*columns, "chosen", "rejected"], "text")]), tokenizer)
+
+
 @pytest.mark.parametrize(
     "columns",
     [

@@ -102,7 +102,7 @@ def train_embedded_tokenizer(dataset: DatasetDict) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         (row["prompt"] + row["completion"] for row in dataset["train"]),
-        trainers.BpeTrainer(vocab_size=2048, special_tokens=["<pad>", "<eos>"]),
+        trainers.BpeTrainer(vocab_size=2048, special_tokens=["<pad>", "<eos>"], show_progress=False),
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import logging
 import os
 import sys
@@ -53,11 +54,13 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
 
 def split_debug(args: Sequence[str]) -> tuple[list[str], bool]:
     """Returns the arguments without `--debug`, and whether it was there. With a value it is a flag of the training."""
-    debug = [
-        flag == "--debug" and (following is None or following.startswith("-"))
-        for flag, following in zip(args, [*args[1:], None], strict=True)
-    ]
-    return [arg for arg, is_debug in zip(args, debug, strict=True) if not is_debug], any(debug)
+    left, debug = [], False
+    for flag, following in itertools.pairwise([*args, "-"]):
+        if flag == "--debug" and following.startswith("-"):
+            debug = True
+        else:
+            left.append(flag)
+    return left, debug
 
 
 @dataclass
