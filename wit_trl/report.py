@@ -283,7 +283,9 @@ def _batches(rows: Dataset | IterableDataset | list[dict[str, Any]]) -> Iterator
     columns = set() if isinstance(rows, list) else {*get_dataset_column_names(rows)}
     is_prepared = {"completion_mask", "token_weights"} <= columns and columns.isdisjoint(_COLUMNS_THE_COLLATOR_READS)
     if is_prepared and not isinstance(rows, list):
-        dataset = rows.take(STREAMED_ROWS if isinstance(rows, IterableDataset) else STORED_ROWS)
+        # `take` of more rows than there are is an error before datasets 5.2
+        count = STREAMED_ROWS if isinstance(rows, IterableDataset) else min(STORED_ROWS, len(rows))
+        dataset = rows.take(count)
     else:
         dataset = _read_as_the_collator(itertools.islice(rows, STREAMED_ROWS))
         columns = {*dataset.column_names}
