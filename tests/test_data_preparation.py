@@ -444,6 +444,8 @@ def test_training_set_that_is_evaluated_too_keeps_its_rows_there(make_model, tok
         make_model, tokenizer, None, config_kwargs, (0, 1), train_dataset=data, eval_dataset={"train": data}
     )
     assert (len(trainer.train_dataset), len(trainer.eval_dataset["train"])) == (1, 2)
+    trainer.evaluate(trainer.train_dataset)
+    assert trainer.weight_report().dropped == 1
 
 
 def test_empty_stream_is_refused(make_model, tokenizer, config_kwargs):

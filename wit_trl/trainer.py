@@ -102,13 +102,14 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             args.assistant_only_loss = False
         self._messages_are_new = has_messages and not self._assistant_only_loss
         # A copy, to tell the training set from an evaluation set that is the same object
-        train_dataset = copy.copy(train_dataset)
+        train_dataset = self._unprepared = copy.copy(train_dataset)
         self._training_rows = TrainingRows(train_dataset)
 
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, None, *more_args, **kwargs
         )
 
+        self._unprepared = None
         if data_collator is None:
             collator_class = DataCollatorForVisionLanguageWIT if self._is_vision_dataset else DataCollatorForWIT
             weights = {name: getattr(args, name) for name in ("prompt_loss_weight", "completion_loss_weight")}
@@ -128,7 +129,7 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         # TRL tokenizes whole rows and labels the completion, whatever its weight. From there on, each token needs its
         # region and the weight that the data gives it, where TRL has labels.
-        is_train = dataset is self._training_rows.dataset
+        is_train = dataset is self._unprepared
         preparation = DataPreparation(args, packing, dataset_name)
         columns = set(preparation.first_row(dataset))
         if {"seq_lengths", "completion_mask"} <= columns:
