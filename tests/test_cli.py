@@ -179,10 +179,10 @@ def test_embedded_default(run, tmp_path):
         timeout=120,
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith(
+    assert (
         "model: embedded, a Llama of 2 million parameters\n"
-        "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n"
-    )
+        "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n\n[prompt 0.2]"
+    ) in process.stdout
     assert process.stdout.count("\n▌Write[prompt 0.2] the Python function") == 3
     assert re.search(r"What is weighted in [\d,]+ rows", process.stdout)
     assert {file.name for file in tmp_path.iterdir()} == {"page.html", "page.png"}  # and no output folder
@@ -219,7 +219,7 @@ def test_weights_and_packing_of_a_configuration_file(run, model_folder, jsonl, t
 def test_header_names_what_is_shown(run, model_folder, jsonl):
     data = ("--model_name_or_path", model_folder, "--dataset_name", jsonl)
     output = run(*data, "--rows", 0, "--max_length", 40)
-    assert output.startswith(f"model: {model_folder}\ndata set: {jsonl}, split train\nmax_length: 40\n\n[prompt 0.2]")
+    assert f"model: {model_folder}\ndata set: {jsonl}, split train\nmax_length: 40\n\n[prompt 0.2]" in output
 
 
 def test_flags_of_the_launcher_say_nothing_about_the_data(run, model_folder, jsonl, tmp_path):
