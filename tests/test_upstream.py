@@ -153,17 +153,17 @@ TABLE = {
     ),
     "accelerate:skip_first_batches": (
         "dataloader, num_batches",
-        {"c3e05a215cb6"},
+        {"c3e05a215cb6", "e1e0d816d874"},
         "_upstream: what stands for it under sequence parallelism",
     ),
     "accelerate:Accelerator.gather_for_metrics": (
         "self, input_data, use_gather_object",
-        {"ddc20a024757"},
+        {"ddc20a024757", "601e68c2b3e1"},
         "metrics.sum_over_ranks: which examples fill up the last batch",
     ),
     "deepspeed.runtime.sequence_parallel.ulysses_sp:UlyssesSPDataLoaderAdapter": (
         "dl, sp_rank, sp_group, sp_world_size, device",
-        {"1a44b6968527"},
+        {"1a44b6968527", "dff2a6ba02b7"},
         "_upstream: how its epochs are started and its batches skipped",
     ),
     "peft.utils.integrations:dequantize_module_weight": (
@@ -173,12 +173,12 @@ TABLE = {
     ),
     "peft.utils:ModulesToSaveWrapper": (
         "module_to_save, adapter_name, tied_module",
-        {"0a45ffcf6a1d"},
+        {"0a45ffcf6a1d", "098fa076e9c4"},
         "_upstream.trained_copy: a head that PEFT trains",
     ),
     "bitsandbytes.nn:Linear4bit.forward": (
         "self, x",
-        {"d52cf6345771"},
+        {"d52cf6345771", "1e733c96b634"},
         "_upstream: the flag that turns off a kernel",
     ),
 }
