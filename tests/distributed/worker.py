@@ -256,7 +256,9 @@ def prepare_sequence_parallelism():
 
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        from tests.distributed import context_parallel_on_cpu, fsdp_on_cpu  # noqa: F401
+        from tests.distributed import fsdp_on_cpu  # noqa: F401
+    if CONTEXT_PARALLEL_SIZE > 1:
+        from tests.distributed import context_parallel_on_cpu  # noqa: F401
     output, *names = sys.argv[1:]
     if SEQUENCE_PARALLEL_SIZE > 1:
         prepare_sequence_parallelism()
