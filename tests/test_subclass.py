@@ -32,8 +32,9 @@ def make(rows, make_model, tokenizer, config_kwargs):
 
 class Regularised(WITSFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        return loss + 0.5 * model.lm_head.weight.square().mean()
+        returned = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        extra = 0.5 * model.lm_head.weight.square().mean()
+        return (returned[0] + extra, returned[1]) if return_outputs else returned + extra
 
 
 class OnFullLogits(WITSFTTrainer):
@@ -76,6 +77,22 @@ def test_regulariser_is_in_both_losses_and_leaves_the_regions_exact(make, make_m
     expected = formula(make_model().double(), rows[:4], WEIGHTS)[0].item() + 2 * extra
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
     assert "completion_loss" in trainer.state.log_history[0]
+
+
+def test_loss_that_is_replaced_on_the_trainer_is_evaluated(make):
+    trainer = make(WITSFTTrainer)
+    expected = trainer.evaluate()["eval_loss"]
+    own = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: own(*args, **kwargs) + 100
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected + 100, abs=0.1)
+
+
+@pytest.mark.parametrize("trainer_class", [Regularised, OnFullLogits])
+def test_predictions_and_metrics_of_a_subclass(trainer_class, make):
+    trainer = make(trainer_class)
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert predicted.predictions.shape[-1] == 500
+    assert predicted.metrics["test_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
 
 
 def test_loss_without_super_evaluates_as_trainer_does(make, make_model, rows):

@@ -1,14 +1,15 @@
 """
-Everything private of other packages that is relied on. Each entry says what it is for, why the public way does not do,
-and when it can go. `tests/test_upstream.py` holds the signature and the source of each: when a release moves one, the
-test names it, and what stands here has to be read again.
+Everything private of other packages that training relies on. Each entry says what it is for, why the public way does
+not do, and when it can go. `tests/test_upstream.py` holds the signature and the source of each: when a release moves
+one, the test names it, and what stands here has to be read again.
 
 Hooks are installed once. They do nothing for anyone who did not ask for them in the same thread.
 
 Private methods that are overridden stand where they belong:
 - `WITSFTTrainer`: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_reject_skip_prepare_without_labels` of
   `SFTTrainer`; `_prepare_inputs` of `Trainer`
-- `ParallelMixin`: `_run_epoch`, `_get_num_items_in_batch`, `_prepare_context_parallel_inputs` of `Trainer`
+- `ParallelMixin`: `_run_epoch`, `_get_num_items_in_batch`, `_prepare_context_parallel_inputs` of `Trainer`, whose
+  context is a partial function with the buffers that it splits
 - `DataCollatorForWIT` and `DataCollatorForVisionLanguageWIT`: `torch_call` of TRL's collators
 """
 
@@ -64,6 +65,8 @@ __all__ = [
 # transformers. `TRAINER_STATE_NAME` and `sort_checkpoints`: which checkpoint is whole. `get_last_checkpoint`, the
 #   public way, takes one whose saving was cut off.
 
+
+_PEFT_IS_AVAILABLE = is_peft_available()  # torch.compile warns where it traces a cached function
 
 Kernel = Callable[..., tuple[torch.Tensor | None, ...]]
 _kernel: ContextVar[Kernel | None] = ContextVar("wit_trl_kernel", default=None)
@@ -159,7 +162,7 @@ def dequantized_weight(module: torch.nn.Module) -> torch.nn.Parameter:
 
 def trained_copy(module: torch.nn.Module) -> torch.nn.Module:
     """Returns the copy of a module that PEFT trains (`modules_to_save`), or the module. PEFT has no function for it."""
-    if is_peft_available():
+    if _PEFT_IS_AVAILABLE:
         from peft.utils import ModulesToSaveWrapper
 
         if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:

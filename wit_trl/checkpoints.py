@@ -50,7 +50,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, args: WITSFT
         changed = {name: weight for name, weight in weights.items() if getattr(args, name) != weight}
         if changed:
             current = {name: getattr(args, name) for name in changed}
-            logger.warning(
+            logger.warning_once(
                 f"The checkpoint {resume_from_checkpoint} was trained with {changed}, and is resumed with {current}. "
                 "Its optimizer state and the losses logged so far are of the former."
             )

@@ -105,8 +105,8 @@ class WITSFTConfig(SFTConfig):
             )
         if self.dataset_text_field in _COLUMNS_OF_OTHER_TYPES:
             raise ValueError(
-                f"`dataset_text_field={self.dataset_text_field!r}` is not supported: a column of this name is no plain "
-                "text to TRL. Rename the column, for example to `text`."
+                f"`dataset_text_field={self.dataset_text_field!r}` is not supported: a column of this name makes "
+                "another type of data set. Rename the column, for example to `text`."
             )
 
     @classmethod

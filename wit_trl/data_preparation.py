@@ -142,6 +142,22 @@ class DataPreparation:
             )
         return self.map_rows(dataset, function, "Checking rows")
 
+    def format_rows(
+        self, dataset: Dataset | IterableDataset, formatting_func: Callable[[dict], str]
+    ) -> Dataset | IterableDataset:
+        """Returns rows with the `"text"` that a `formatting_func` makes of each. It may read any column."""
+        logger.warning_once(NO_PROMPT_MESSAGE)
+
+        def format_row(example: dict[str, Any]) -> dict[str, str]:
+            text = formatting_func(example)
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(example)}."
+                )
+            return {"text": text}
+
+        return self.drop_columns_of_tokens(self.map_rows(dataset, format_row, "Applying formatting function"))
+
     def drop_columns_of_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Removes what belongs to tokens from rows that are not tokenized, where TRL ignores most of it."""
         if isinstance(dataset, Dataset):
@@ -211,21 +227,6 @@ class DataPreparation:
         map_kwargs = {"with_indices": True, "fn_kwargs": fn_kwargs, **self.map_kwargs(dataset, desc), **kwargs}
         with global_then_local_main_first():
             return dataset.map(call, **map_kwargs)
-
-
-def checked_formatting(formatting_func: Callable[[dict], str]) -> Callable[[dict], str]:
-    """Returns a `formatting_func` that raises `ValueError` where the user's returns no text. Warns that all is text."""
-    logger.warning_once(NO_PROMPT_MESSAGE)
-
-    def format_row(example: dict[str, Any]) -> str:
-        text = formatting_func(example)
-        if not isinstance(text, str):
-            raise ValueError(
-                f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(example)}."
-            )
-        return text
-
-    return format_row
 
 
 def _to_chatml(example: dict[str, Any]) -> dict[str, Any]:

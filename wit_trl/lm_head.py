@@ -107,6 +107,12 @@ def weighted_forward(
         raise
     if not torch.is_grad_enabled():
         kernel.free_head()
+    if not kernel.has_run:
+        raise RuntimeError(
+            "TRL's fused LM head ran another kernel than the one with the weights: it was called in another thread, or "
+            "this version of TRL chooses its kernel in another way. Launch a process for each device with `accelerate "
+            "launch`, and see docs/versions.md for the versions that were run."
+        )
     for name in ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask"):
         outputs[name] = outputs[name][:, -scored.size(1) :]  # without virtual tokens
     return outputs, outputs.mean_logits
@@ -124,9 +130,11 @@ class _WeightedKernel:
     def __init__(self, token_weights: torch.Tensor, scored: torch.Tensor):
         self._token_weights, self._scored = token_weights, scored
         self._gathered_head: FSDPModule | None = None
+        self.has_run = False
 
     @torch.compiler.disable
     def __call__(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        self.has_run = True
         device = hidden_states.device
         token_weights, scored = self._token_weights.to(device), self._scored.to(device)
         if scores_labelled_rows_alone(device):

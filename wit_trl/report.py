@@ -84,7 +84,7 @@ class WeightReport:
         gradient_scale (`float`, *optional*): Factor by which the gradient of the completion is scaled against
             conventional tuning. `None` if no completion token has a weight in the data.
         lengths (`tuple[np.ndarray, np.ndarray]`): Number of prompt tokens and of completion tokens of each row or
-            document, before truncation where that is known.
+            document, before truncation and with the rows that were dropped, where that is known.
         truncated (`int`, *optional*): Rows cut to `max_length`. `None` if unknown.
         without_completion (`int`, *optional*): Rows that lost their whole completion in this way. `None` if unknown.
         dropped (`int`, *optional*): Rows dropped because no token of non-zero weight was left. `None` if unknown.
@@ -190,6 +190,8 @@ def weigh(
     Raises:
         `ValueError`: a row is not tokenized, is read through a transform, or its masks or weights are wrong.
     """
+    if not isinstance(rows, Dataset | IterableDataset | list):
+        raise ValueError(f"The rows of a `{type(rows).__name__}` cannot be counted without using them up.")
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         raise ValueError("The data set has a transform (`with_transform`), so its rows may differ at every reading.")
     count, tokens, least, most = 0, dict.fromkeys(REGIONS, 0), np.inf, 0.0

@@ -14,7 +14,7 @@ from .checkpoints import LossWeightsCallback, checkpoint_to_resume
 from .config import WITSFTConfig, loss_weights
 from .conversation import training_chat_template
 from .data_collator import DataCollatorForWIT
-from .data_preparation import DataPreparation, check_train_dataset, checked_formatting
+from .data_preparation import DataPreparation, check_train_dataset
 from .lm_head import prepare_lm_head, weighted_forward
 from .metrics import EvaluationSums, TrainingSums, loss_terms
 from .model_card import PAPER, add_weights
@@ -138,9 +138,8 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             if formatting_func is None:
                 dataset = preparation.check_rows(dataset, processing_class, self.chat_template)
             else:
-                dataset = preparation.drop_columns_of_tokens(dataset)
-                formatting_func = checked_formatting(formatting_func)
-            dataset = self._tokenize(dataset, processing_class, args, formatting_func, dataset_name)
+                dataset = preparation.format_rows(dataset, formatting_func)
+            dataset = self._tokenize(dataset, processing_class, args, dataset_name)
         dataset = preparation.weigh_tokens(dataset)
         if is_train:  # evaluation sets keep all their rows, since both regions are measured
             rows = select_training_rows(dataset, preparation)
@@ -153,16 +152,16 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             self._training_rows = rows._replace(dataset=dataset)
         return dataset
 
-    def _tokenize(self, dataset, processing_class, args, formatting_func, dataset_name):
+    def _tokenize(self, dataset, processing_class, args, dataset_name):
         """Has TRL tokenize whole rows and label their completion."""
         self.completion_only_loss = True
         args, chat_template = copy.copy(args), self.chat_template
         args.max_length, args.shuffle_dataset = None, False
-        args.assistant_only_loss = self._assistant_only_loss and formatting_func is None
+        args.assistant_only_loss = self._assistant_only_loss
         if args.assistant_only_loss and chat_template is None:
             self.chat_template = training_chat_template(processing_class)
         try:
-            return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+            return super()._prepare_dataset(dataset, processing_class, args, False, None, dataset_name)
         finally:
             self.chat_template = chat_template
 
@@ -175,7 +174,8 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             `ValueError`: there is no complete checkpoint to resume from.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
-        if self.args.print_weight_report and (self._is_vision_dataset or self.is_world_process_zero()):
+        counts_together = isinstance(self.data_collator, DataCollatorForVisionLanguageWIT)
+        if self.args.print_weight_report and (counts_together or self.is_world_process_zero()):
             print_report(self.weight_report, self.args.max_length, self._messages_are_new)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -260,9 +260,9 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_overridden(self) -> bool:
-        """Whether a subclass may evaluate another loss than `compute_loss` returns here."""
-        compute_loss, prediction_step = type(self).compute_loss, type(self).prediction_step
-        return compute_loss is not WITSFTTrainer.compute_loss or prediction_step is not SFTTrainer.prediction_step
+        """Whether another loss may be evaluated than `compute_loss` returns here."""
+        found = [getattr(method, "__func__", None) for method in (self.compute_loss, self.prediction_step)]
+        return found != [WITSFTTrainer.compute_loss, SFTTrainer.prediction_step]
 
     def _normalise(self, weighted_sum, aux_loss, token_weights, num_items_in_batch) -> torch.Tensor:
         """

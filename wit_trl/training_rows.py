@@ -91,21 +91,30 @@ def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPrep
     return TrainingRows(kept, RowLengths.read(whole), dropped)
 
 
+def _first_rows(rows: Dataset | IterableDataset, columns: list[str]) -> list[dict]:
+    """Returns these columns of all rows, or of the first ones of a stream, which may have no end."""
+    rows = rows.select_columns(columns)
+    return list(itertools.islice(rows, STREAMED_ROWS + 1)) if isinstance(rows, IterableDataset) else list(rows)
+
+
 def _completions_are_lost(rows: Dataset | IterableDataset) -> bool:
-    """Whether there are completions, but truncation left no row one. Of a stream, the first rows tell."""
-    rows = rows.select_columns(["completion_length", "completion_lost"])
-    lost = False
-    for row in itertools.islice(rows, STREAMED_ROWS if isinstance(rows, IterableDataset) else None):
+    """Whether there are completions, but truncation left no row one. Of a long stream nobody can tell."""
+    columns = ["completion_length", "completion_lost"]
+    for row in itertools.islice(rows.select_columns(columns), 1):
         if row["completion_length"] and not row["completion_lost"]:
             return False
-        lost = lost or row["completion_lost"]
-    return lost
+    first = _first_rows(rows, columns)
+    if isinstance(rows, IterableDataset) and len(first) > STREAMED_ROWS:
+        return False
+    return any(row["completion_lost"] for row in first) and all(
+        row["completion_lost"] or not row["completion_length"] for row in first
+    )
 
 
 def _truncation(rows: Dataset | IterableDataset, args: WITSFTConfig) -> str:
     """What an error says of it."""
     column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
-    found = [bool(row[column]) for row in rows.select_columns([column])]
+    found = [bool(row[column]) for row in _first_rows(rows, [column])]
     return f"{sum(found)} of {len(found)} rows were {verb} to `max_length={args.max_length}`"
 
 
@@ -120,7 +129,7 @@ def check_image_rows(
 
     def has_target(row):
         batch = collator([row])
-        return ((batch["labels"] != -100) & (batch["completion_mask"] >= int(in_completion))).any()
+        return (batch["labels"] != -100).any() and (not in_completion or (batch["completion_mask"] == 1).any())
 
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers.utils import logging
 from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import is_conversational, prepare_multimodal_messages
@@ -117,7 +118,11 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         a share, and what fails on one fails on all.
         """
         state = PartialState()
-        mine = itertools.islice(dataset, state.process_index, count, state.num_processes)
+        mine: Iterable[dict[str, Any]]
+        if isinstance(dataset, Dataset):  # reads no image of the others
+            mine = dataset.select(range(state.process_index, min(count, len(dataset)), state.num_processes))
+        else:
+            mine = itertools.islice(dataset, state.process_index, count, state.num_processes)
         rows: list[Any]
         try:
             rows = list(self.tokenize_rows(mine))

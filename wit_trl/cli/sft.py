@@ -14,6 +14,7 @@ from datasets import DatasetDict
 from transformers import AutoProcessor
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
+from ..checkpoints import checkpoint_to_resume
 from ..config import WITSFTConfig
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 from ..trainer import WITSFTTrainer
@@ -142,9 +143,10 @@ def train(
         make_output_dir(Path(training_args.output_dir))
         dataset = embedded_data(training_args, model_args) if embedded else load_data(script_args, dataset_args)
         trainer = make_trainer(dataset, script_args, training_args, model_args)
+        resume = training_args.resume_from_checkpoint
+        resume = checkpoint_to_resume({"true": True, "false": False}.get(str(resume).lower(), resume), training_args)
 
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": False}.get(str(resume).lower(), resume))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     report(trainer, script_args.dataset_test_split)
     if embedded and not trainer.is_fsdp_enabled:  # the model is whole
