@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: train test lint test-lowest test-newest .venv-newest
 
 # torch first: with it in place no other package asks for another build of it
-.venv/installed: setup.cfg pyproject.toml constraints.txt
+.venv/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
@@ -24,7 +24,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # The lowest versions that setup.cfg allows
-.venv-lowest/installed: setup.cfg pyproject.toml constraints-lowest.txt
+.venv-lowest/installed: setup.cfg setup.py pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt torch
 	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable ".[test]"

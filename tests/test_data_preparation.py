@@ -1,6 +1,7 @@
 """Rows of every type, weights in the data, and rows that are wrong."""
 
 import inspect
+import itertools
 import json
 import math
 
@@ -463,3 +464,30 @@ def test_tool_call_without_content_on_a_template_without_tools_is_explained(make
         ValueError, match=r"tool calls.* (`chat_template_path`).*|Choose a template that supports tools"
     ):
         list(make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=stream).train_dataset)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_formatting_func_may_read_any_column(streaming, make_model, tokenizer, config_kwargs):
+    rows = [{"sentence": "It rains", "labels": "weather", "truncated": True}] * 2
+    data = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
+    trainer = make_trainer(
+        *(make_model, tokenizer, None, config_kwargs),
+        train_dataset=data,
+        formatting_func=lambda row: f"{row['sentence']} is {row['labels']}",
+    )
+    for row in trainer.train_dataset:
+        assert tokenizer.decode(row["input_ids"]) == "It rains is weather<eos>"
+        assert set(row["completion_mask"]) == {1}
+        assert not row["truncated"]
+
+
+@pytest.mark.parametrize("weights", [(0.2, 0.8), (0.0, 1.0)])
+def test_stream_without_end_is_not_read_to_its_end(weights, make_model, tokenizer, config_kwargs):
+    """Of its first rows none keeps its completion, but there are others."""
+    config_kwargs |= {"max_length": 15, "report_to": "none"}
+    long, short = ({"input_ids": [7] * n, "completion_mask": [0] * (n - 5) + [1] * 5} for n in (20, 10))
+    stream = IterableDataset.from_generator(
+        lambda: itertools.chain(itertools.repeat(long, 1200), itertools.repeat(short))
+    )
+    trainer = make_trainer(make_model, tokenizer, None, config_kwargs, weights, train_dataset=stream)
+    assert 1 in next(iter(trainer.train_dataset.skip(1200 if weights[0] else 0)))["completion_mask"]

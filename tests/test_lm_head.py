@@ -1,4 +1,5 @@
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,3 +86,18 @@ def test_gathered_head_is_freed_where_no_backward_pass_will(fails, training, mak
     assert head.gathered == (training and not fails)
     assert model.get_output_embeddings() is head
     assert head.gathered == (training and not fails)  # whoever else asks for the head gathers nothing
+
+
+def test_forward_in_another_thread_does_not_train_without_weights(make_model):
+    model = make_model()
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    prepare_lm_head(model)
+    input_ids = torch.arange(6)[None]
+
+    class Elsewhere(torch.nn.Module):
+        def forward(self, **inputs):
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(model, **inputs).result()
+
+    with pytest.raises(RuntimeError, match=r"ran another kernel than the one with the weights.*`accelerate launch`"):
+        weighted_forward(Elsewhere(), {"input_ids": input_ids, "labels": input_ids}, torch.ones(1, 6))

@@ -314,7 +314,7 @@ def test_image_cut_off_by_max_length_is_refused(llava, llava_rows, config_kwargs
     config_kwargs["max_length"] = 10
     with pytest.raises(ValueError, match=r"increase `max_length`"):
         make_trainer("llava", llava, llava_rows, config_kwargs)
-    trainer = make_trainer("llava", llava, split(llava_rows), config_kwargs)
+    trainer = make_trainer("llava", llava, split(llava_rows), config_kwargs, (0.2, 0.0))  # no completion is left either
     with pytest.raises(ValueError, match=r"`max_length=10` cuts off tokens of an image"):
         trainer.train()
 

@@ -105,9 +105,11 @@ def remedy_for(columns: set[str]) -> str:
     if {"chosen", "rejected"} <= columns:
         name = "completion" if "prompt" in columns else "messages"
         return (
-            "This is preference data, for TRL's `DPOTrainer`. To train on the chosen answers alone, rename `chosen` to "
-            f"`{name}` and remove `rejected`."
+            "These columns are preference data, for TRL's `DPOTrainer`. To train on the chosen answers alone, rename "
+            f"`chosen` to `{name}` and remove `rejected`."
         )
     if {"question", "answer"} <= columns:
-        return "Rename `question` to `prompt` and `answer` to `completion`."
-    return "Rename the columns, and remove those that are of none or of another schema."
+        renamed = "`question` to `prompt` and `answer` to `completion`"
+    else:
+        renamed = "the columns"
+    return f"Rename {renamed}, and remove those that are of none or of another schema."
