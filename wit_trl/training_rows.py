@@ -99,16 +99,13 @@ def _first_rows(rows: Dataset | IterableDataset, columns: list[str]) -> list[dic
 
 def _completions_are_lost(rows: Dataset | IterableDataset) -> bool:
     """Whether there are completions, but truncation left no row one. Of a long stream nobody can tell."""
-    columns = ["completion_length", "completion_lost"]
-    for row in itertools.islice(rows.select_columns(columns), 1):
-        if row["completion_length"] and not row["completion_lost"]:
+    lost = False
+    for number, row in enumerate(rows.select_columns(["completion_length", "completion_lost"])):
+        is_long_stream = isinstance(rows, IterableDataset) and number == STREAMED_ROWS
+        if is_long_stream or (row["completion_length"] and not row["completion_lost"]):
             return False
-    first = _first_rows(rows, columns)
-    if isinstance(rows, IterableDataset) and len(first) > STREAMED_ROWS:
-        return False
-    return any(row["completion_lost"] for row in first) and all(
-        row["completion_lost"] or not row["completion_length"] for row in first
-    )
+        lost = lost or row["completion_lost"]
+    return lost
 
 
 def _truncation(rows: Dataset | IterableDataset, args: WITSFTConfig) -> str:
