@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.distributed import get_world_size, is_initialized
 from transformers import PreTrainedModel, TrainingArguments
@@ -15,6 +15,7 @@ from trl import SFTConfig
 from ._upstream import get_config_model_id
 from .data_collator import DataCollatorForWIT
 from .vision_data_collator import DataCollatorForVisionLanguageWIT
+from .weights import StructureWeights
 
 
 _COLUMNS_OF_OTHER_TYPES = ("prompt", "completion", "messages", "conversations", "input_ids")
@@ -33,6 +34,16 @@ class WITSFTConfig(SFTConfig):
             Weight of a prompt token in the loss, λp in the paper. The paper advises 0 to 0.5.
         completion_loss_weight (`float`, *optional*, defaults to `0.8`):
             Weight of a completion token in the loss, λr (response) in the paper. The paper advises 0.5 to 1.
+        role_loss_weights (`dict[str, float]`, *optional*):
+            Factor for the weight of all tokens of a role, such as `{"system": 0, "tool": 0.5}`. The schemas of `tools`,
+            and all else that the chat template writes because of them, belong to the role `"tools"`. Other roles have
+            the factor 1.
+        chat_template_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Factor for the weight of the prompt tokens that the chat template writes itself: headers, separators, the
+            end-of-turn token of a turn that is not the assistant's, a default system prompt. 0 leaves them out, as
+            Instruction Modelling does ([paper](https://huggingface.co/papers/2405.14394)).
+        completion_turns (`str`, *optional*, defaults to `"all"`):
+            Which of the assistant's turns are completion: `"all"`, or `"last"`, before which all is prompt.
         print_weight_report (`bool`, *optional*, defaults to `True`):
             Whether training starts with a table of what is weighted, and with warnings of what is odd in it.
 
@@ -48,6 +59,8 @@ class WITSFTConfig(SFTConfig):
         without a device for each.
     """
 
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "role_loss_weights"]
+
     prompt_loss_weight: float = field(
         default=0.2,
         metadata={"help": "Weight of a prompt token in the loss (the paper's λp, advised range 0 to 0.5)."},
@@ -55,6 +68,18 @@ class WITSFTConfig(SFTConfig):
     completion_loss_weight: float = field(
         default=0.8,
         metadata={"help": "Weight of a completion token in the loss (the paper's λr, advised range 0.5 to 1)."},
+    )
+    role_loss_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": 'Factor for the weight of all tokens of a role, such as \'{"system": 0, "tool": 0.5}\'.'},
+    )
+    chat_template_loss_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor for the weight of the prompt tokens that the chat template writes itself."},
+    )
+    completion_turns: str = field(
+        default="all",
+        metadata={"help": "Which turns of the assistant are completion.", "choices": ["all", "last"]},
     )
     print_weight_report: bool = field(
         default=True,
@@ -71,11 +96,15 @@ class WITSFTConfig(SFTConfig):
                 "Launch one process (accelerate_configs/single_device.yaml), or set `use_cpu=True` to train on several "
                 "CPU processes together."
             )
-        for name in ("prompt_loss_weight", "completion_loss_weight"):
-            weight = getattr(self, name)
-            if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
-                raise ValueError(f"`{name}` is {weight!r}, but a weight must be a finite number that is not negative.")
-            setattr(self, name, float(weight))  # numpy's numbers cannot be written to JSON
+        for name in ("prompt_loss_weight", "completion_loss_weight", "chat_template_loss_weight"):
+            setattr(self, name, _check_loss_weight(getattr(self, name), f"`{name}`"))
+        roles: Any = self.role_loss_weights or {}
+        if not isinstance(roles, dict) or not all(isinstance(role, str) for role in roles):
+            raise ValueError(f"`role_loss_weights` is {roles!r}, but must be a dict of roles with their weights.")
+        roles = {role: _check_loss_weight(weight, f"`role_loss_weights[{role!r}]`") for role, weight in roles.items()}
+        self.role_loss_weights = roles or None
+        if self.completion_turns not in ("all", "last"):
+            raise ValueError(f"`completion_turns` is {self.completion_turns!r}, but must be 'all' or 'last'.")
         prompt, completion = self.prompt_loss_weight, self.completion_loss_weight
         if prompt == completion == 0:
             raise ValueError(
@@ -109,6 +138,12 @@ class WITSFTConfig(SFTConfig):
                 "another type of data set. Rename the column, for example to `text`."
             )
 
+    @property
+    def structure_weights(self) -> StructureWeights:
+        """What roles and the chat template's own tokens weigh, and which turns are completion."""
+        roles: Any = self.role_loss_weights  # parsed, if it was a text
+        return StructureWeights(roles or {}, self.chat_template_loss_weight, self.completion_turns)
+
     @classmethod
     def of(cls, args: TrainingArguments | None, model: "str | PreTrainedModel") -> "WITSFTConfig":
         """
@@ -132,6 +167,12 @@ class WITSFTConfig(SFTConfig):
         return cls(**fields)
 
 
+def _check_loss_weight(weight: Any, name: str) -> float:
+    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
+        raise ValueError(f"{name} is {weight!r}, but a weight must be a finite number that is not negative.")
+    return float(weight)  # numpy's numbers cannot be written to JSON
+
+
 def loss_weights(args: WITSFTConfig, data_collator: Any) -> tuple[float, float]:
     """
     Returns the weights of prompt and completion, which a collator of this package has too.
@@ -140,6 +181,17 @@ def loss_weights(args: WITSFTConfig, data_collator: Any) -> tuple[float, float]:
         `ValueError`: the collator has others, because it was given others or because either was changed later.
     """
     weights = (args.prompt_loss_weight, args.completion_loss_weight)
+    if isinstance(data_collator, DataCollatorForVisionLanguageWIT):
+        if data_collator.structure_weights != args.structure_weights:
+            raise ValueError(
+                f"The collator has {data_collator.structure_weights}, but the `WITSFTConfig` {args.structure_weights}. "
+                "Pass the same to both, or no collator."
+            )
+    elif (args.dataset_kwargs or {}).get("skip_prepare_dataset") and args.structure_weights != StructureWeights():
+        raise ValueError(
+            "`role_loss_weights`, `chat_template_loss_weight` and `completion_turns` are applied when the data set is "
+            "prepared, which `skip_prepare_dataset` skips. Give the rows `token_weights` instead."
+        )
     if isinstance(data_collator, DataCollatorForWIT | DataCollatorForVisionLanguageWIT):
         of_collator = (data_collator.prompt_loss_weight, data_collator.completion_loss_weight)
         if of_collator != weights:

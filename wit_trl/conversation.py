@@ -1,7 +1,9 @@
 """Which tokens of a rendered conversation belong to which turn."""
 
+import functools
 import itertools
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,16 @@ from trl.chat_template_utils import (
 from trl.data_utils import prepare_multimodal_messages
 
 from ._upstream import common_prefix_length, tokenize_messages
+from .content_spans import ContentSpans, Span
 from .messages import THINKING, Messages, message_texts
+from .token_positions import TokenPositions, Tokens
+from .weights import StructureWeights
 
 
 logger = logging.get_logger(__name__)
 
 _PROBE = "\ue000"  # of private use, so that no text has it
+_NO_STRUCTURE = StructureWeights()
 
 
 def training_chat_template(
@@ -70,12 +76,43 @@ def chosen_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMi
     return chat_template
 
 
+class TemplateMemory:
+    """
+    What conversations with the same chat template have in common: what it writes around contents, how it separates
+    turns, and how that is tokenized. It is found in some of them, and holds for the others.
+    """
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin):
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        self.tokens = Tokens(processing_class.tokenizer if is_processor else processing_class)
+        self._parts: dict[str, tuple[ContentSpans, dict[tuple, _Turn]]] = {}
+
+    def part(self, template_kwargs: dict[str, Any]) -> "tuple[ContentSpans, dict[tuple, _Turn]]":
+        """Returns what is remembered of conversations with these arguments of the template."""
+        key = repr({**template_kwargs, "tools": bool(template_kwargs["tools"])})
+        return self._parts.setdefault(key, (ContentSpans(), {}))
+
+
+@dataclass
+class _Turn:
+    """
+    What a template writes before a turn: `tail` still belongs to the turn before, `head` does not. `opening` is what it
+    writes before an answer, and `ends_in_next` whether the turn before ends in the token that follows it.
+    """
+
+    tail: str | None = None
+    head: str | None = None
+    opening: str | None = None
+    ends_in_next: bool | None = None
+
+
 class Conversation:
     """
     A conversation as the chat template renders it, and what each turn adds to it.
 
-    Where a template does not mark the assistant's turns, they are found by rendering the conversation up to each turn:
-    a turn is what it adds to the rendering before it, and the assistant's answer begins after the generation prompt.
+    Where a template does not mark the assistant's turns, they are found by rendering: a turn is what it adds to the
+    rendering of the conversation before it, and the assistant's answer begins after the generation prompt. With a
+    `memory` a template needs that once for each two roles that follow each other.
 
     Args:
         messages (`list[dict]`):
@@ -86,9 +123,11 @@ class Conversation:
             The template to render with. Defaults to the own one.
         row (`dict`):
             Row of the data set. Its `"tools"` (a list or JSON) and `"chat_template_kwargs"` go to the template.
+        memory ([`TemplateMemory`], *optional*):
+            What other conversations told of the template.
 
     Raises:
-        `ValueError`: the template cannot render the conversation, or renders a turn differently once others follow.
+        `ValueError`: the template cannot render the conversation, or leaves out a part of it.
     """
 
     def __init__(
@@ -97,6 +136,7 @@ class Conversation:
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         chat_template: str | None,
         row: dict[str, Any],
+        memory: TemplateMemory | None = None,
     ):
         self.messages = messages
         self._processing_class = processing_class
@@ -108,8 +148,13 @@ class Conversation:
                 raise ValueError(f"`tools` is a text, but not JSON: {error}") from error
         if not isinstance(template_kwargs, dict | None):
             raise ValueError(f"`chat_template_kwargs` must be a dict, but is {template_kwargs!r}.")
-        self._template_kwargs = {"chat_template": chat_template, "tools": tools, **(template_kwargs or {})}
+        self.template_kwargs = {"chat_template": chat_template, "tools": tools, **(template_kwargs or {})}
         self.text = self.render(messages)
+        self._memory = memory = memory or TemplateMemory(processing_class)
+        self._tokens = memory.tokens
+        self._content_spans, self._turns = memory.part(self.template_kwargs)
+        self._kinds = [_kind(message) for message in messages]
+        self._spans = self._content_spans.find(self.text, messages, self._kinds)
         self._check_nothing_is_left_out()
 
     def render(self, messages: Messages, **kwargs: Any) -> str:
@@ -118,7 +163,7 @@ class Conversation:
             messages = prepare_multimodal_messages(messages)
         try:
             return self._processing_class.apply_chat_template(
-                messages, **{**self._template_kwargs, "tokenize": False, **kwargs}
+                messages, **{**self.template_kwargs, "tokenize": False, **kwargs}
             )
         except Exception as error:  # whatever a template raises
             what = "this conversation" if len(messages) == len(self.messages) else f"its first {len(messages)} turns"
@@ -132,80 +177,147 @@ class Conversation:
 
     def tokenize(self, **kwargs: Any) -> dict[str, list[int]]:
         """Returns `"input_ids"` and, with `return_assistant_tokens_mask=True`, the template's `"assistant_masks"`."""
-        return tokenize_messages(self._processing_class, self.messages, **{**self._template_kwargs, **kwargs})
+        return tokenize_messages(self._processing_class, self.messages, **{**self.template_kwargs, **kwargs})
 
-    def assistant_masks(self, input_ids: list[int]) -> list[int]:
-        """Returns 1 for the tokens of the assistant's answers, with their end-of-turn tokens, and 0 for all others."""
+    def assistant_masks(self, input_ids: list[int], only_last: bool = False) -> list[int]:
+        """
+        Returns 1 for the tokens of the assistant's answers, or of the last one, with their end-of-turn tokens, and 0
+        for all others.
+        """
         masks = [0] * len(input_ids)
-        for turn, message in enumerate(self.messages):
-            if message["role"] == "assistant":
-                start, end = self._start_of_answer(turn, input_ids), self._end_of_turn(turn, input_ids)
-                masks[start:end] = [1] * (end - start)
+        positions = self._positions(input_ids)
+        for turn in self._answers()[-1:] if only_last else self._answers():
+            start, end = self._answer(turn, positions)
+            masks[start:end] = [1] * (end - start)
         return masks
 
-    def turn_weights(self, input_ids: list[int] | None = None) -> np.ndarray:
+    def keep_last_answer(self, masks: list[int], input_ids: list[int]) -> list[int]:
+        """Returns the masks with 0 outside of the last answer. Raises `ValueError` if it cannot be told from others."""
+        turn, positions = self._answers()[-1], self._positions(input_ids)
+        start, end = positions.at(self._start_of_turn(turn), turn), self._end_of_turn(turn, positions)
+        return [mask if start <= position < end else 0 for position, mask in enumerate(masks)]
+
+    def turn_weights(
+        self, input_ids: list[int] | None = None, structure: StructureWeights = _NO_STRUCTURE, first_answer: int = 0
+    ) -> np.ndarray:
         """
-        Returns for each token the `"weight"` of the message that adds it, if any message has one that is not 1, else
-        nothing. What precedes the first message belongs to it.
+        Returns for each token the `"weight"` of the message that adds it times the weight of its role, and for what the
+        template writes itself in the prompt its weight; nothing if all of them are 1. What precedes the first message
+        belongs to it. The assistant's turns from `first_answer` on are no prompt, or of these the last.
+
+        Raises:
+            `ValueError`: it cannot be told where a turn ends whose weight is not that of the next one, or what the
+            template writes.
         """
-        weights = [1.0 if message.get("weight") is None else message["weight"] for message in self.messages]
-        if set(weights) == {1}:
+        of_messages = [1.0 if message.get("weight") is None else message["weight"] for message in self.messages]
+        of_roles = [structure.role_loss_weights.get(message["role"], 1.0) for message in self.messages]
+        has_tools = bool(self.template_kwargs["tools"])
+        of_tools = structure.role_loss_weights.get("tools", 1.0) if has_tools else 1.0
+        if {*of_messages, *of_roles, of_tools, structure.chat_template_loss_weight} == {1}:
             return np.zeros(0, np.float32)
         if input_ids is None:
             input_ids = self.tokenize()["input_ids"]
-        token_weights = np.full(len(input_ids), weights[-1], np.float32)
+        positions = self._positions(input_ids)
+        weights = self._spread(of_roles, "role weight", positions)
+        tools = self._tools(positions) if has_tools and structure != _NO_STRUCTURE else []
+        for start, end in tools:
+            weights[start:end] = of_tools
+        weights *= self._spread(of_messages, "`weight`", positions)
+        if structure.chat_template_loss_weight != 1:
+            answers = [turn for turn in self._answers() if turn >= first_answer]
+            if structure.completion_turns == "last":
+                answers = answers[-1:]
+            of_template = np.full(len(input_ids), structure.chat_template_loss_weight, np.float32)
+            for start, end in [*tools, *self._contents(positions, answers)]:
+                of_template[start:end] = 1
+            weights *= of_template
+        return weights
+
+    def _spread(self, of_turns: list[float], name: str, positions: TokenPositions) -> np.ndarray:
+        """Returns the weight of each token from those of the turns."""
+        weights = np.full(positions.count, of_turns[-1], np.float32)
         start = 0
-        for turn, (weight, following) in enumerate(itertools.pairwise(weights)):
+        for turn, (weight, following) in enumerate(itertools.pairwise(of_turns)):
             if weight != following:  # else it does not matter which of the two a token belongs to
                 try:
-                    rendered, end = self.text_before(turn + 1), self._end_of_turn(turn, input_ids)
+                    character, end = self._start_of_turn(turn + 1), self._end_of_turn(turn, positions)
                 except ValueError as error:
                     raise ValueError(
-                        f"turn {turn} has another `weight` than the next one, but where it ends cannot be told. Give "
+                        f"turn {turn} has another {name} than the next one, but where it ends cannot be told. Give "
                         f"both the same. The reason: {error}"
                     ) from error
-                if _missing_end(message_texts(self.messages[turn]), rendered) is not None:
+                if self._is_inside_the_next(turn, character):
                     raise ValueError(
                         f"the chat template renders turn {turn} ({self.messages[turn]['role']}) inside the next one, "
-                        "so it cannot have a `weight` of its own. Give both the same."
+                        f"so it cannot have a {name} of its own. Give both the same."
                     )
-                token_weights[start:end] = weight
+                weights[start:end] = weight
                 start = end
-        return token_weights
+        return weights
+
+    def _is_inside_the_next(self, turn: int, start_of_next: int) -> bool:
+        if self._spans is not None:
+            return start_of_next < self._spans[turn][1]
+        return _missing_end(message_texts(self.messages[turn]), self.text[:start_of_next]) is not None
+
+    def _contents(self, positions: TokenPositions, answers: list[int]) -> list[Span]:
+        """Returns the tokens of all messages but for what the template writes around them. `answers` are whole."""
+        if self._spans is None:
+            raise ValueError(
+                "the chat template changes what messages say, so what it writes itself cannot be told. Choose another "
+                "template (`chat_template_path`), or set `chat_template_loss_weight=1`."
+            )
+        contents = []
+        for turn, message in enumerate(self.messages):
+            if turn in answers:  # it is no prompt
+                continue
+            if message["role"] == "assistant":
+                contents.append(self._answer(turn, positions))
+            elif self._spans[turn][1]:
+                start, end = self._spans[turn]
+                contents.append((positions.at(start, turn + 1), positions.past(end, turn + 1)))
+        return contents
+
+    def _tools(self, positions: TokenPositions) -> list[Span]:
+        """Returns the tokens that the template writes because of the `tools`."""
+        row = {"chat_template_kwargs": {**self.template_kwargs, "tools": None}}
+        without = Conversation(self.messages, self._processing_class, None, row, self._memory)
+        if self._spans is None or without._spans is None:
+            raise ValueError(
+                "the chat template changes what messages say, so where it writes the `tools` cannot be told. Choose "
+                "another template (`chat_template_path`), or leave `role_loss_weights` and "
+                "`chat_template_loss_weight` unset."
+            )
+        found = []
+        gaps, gaps_without = (
+            _gaps(spans, text) for spans, text in ((self._spans, self.text), (without._spans, without.text))
+        )
+        for (start, end), (start_without, end_without) in zip(gaps, gaps_without, strict=True):
+            longer, shorter = self.text[start:end], without.text[start_without:end_without]
+            suffix = common_prefix_length([*longer[::-1]], [*shorter[::-1]])
+            prefix = len(shorter) - suffix
+            if longer[:prefix] != shorter[:prefix]:
+                raise ValueError(
+                    "the chat template writes other things too where there are `tools`, so they have no weight of "
+                    "their own. Choose another template (`chat_template_path`), or leave `role_loss_weights` and "
+                    "`chat_template_loss_weight` unset."
+                )
+            if len(longer) > len(shorter):
+                found.append((positions.at(start + prefix, 0), positions.at(end - suffix, 0)))
+        return found
 
     def _check_nothing_is_left_out(self) -> None:
         """A template may print nothing of what it does not know, and Python's form of a list, without an error."""
-        markers = ("'type': 'text'", '"type": "text"')
-        in_parts = any(isinstance(message.get("content"), list) for message in self.messages)
-        in_parts = in_parts or isinstance(self._processing_class, ProcessorMixin)  # for which `render` makes parts
-        printed = in_parts and any(marker in self.text for marker in markers)
+        if self._spans is None:
+            self._probe_contents()
         for turn, message in enumerate(self.messages):
-            texts = message_texts(message)
-            printed = printed and not any(marker in text for text in texts for marker in markers)
             thinking = [text for key in THINKING if isinstance(text := message.get(key), str)]
-            if message is self.messages[-1] and _missing_end(thinking, self.text) is not None:
+            if turn == len(self.messages) - 1 and _missing_end(thinking, self.text) is not None:
                 logger.warning_once(
                     "The chat template leaves out what an assistant thinks before its last answer: it is not trained."
                 )
-            if not any(texts):
-                texts = thinking
-            # Some templates (gpt-oss) leave out what is said beside a tool call
-            left_out = None if message.get("tool_calls") else _missing_end(texts, self.text)
-            if left_out is not None and message["role"] not in ("system", "user", "assistant"):
-                # A tool's answer may be written in another form, as JSON
-                probe = [*self.messages[:turn], self._with_probe(message), *self.messages[turn + 1 :]]
-                left_out = left_out if self._renders_the_same(probe) else None
-            if left_out is not None:
-                raise ValueError(
-                    f"the chat template leaves out turn {turn} ({message['role']}), which ends in {left_out!r}. Choose "
-                    "a template that renders all of the conversation (`chat_template_path`), name the role as the "
-                    "template does, or take the turn out of the data."
-                )
-        if printed:
-            raise ValueError(
-                "the chat template prints a `content` of several parts as it stands. Make every `content` a text, or "
-                "choose another template (`chat_template_path`)."
-            )
+            if thinking and not any(message_texts(message)):
+                self._check_is_rendered(turn, thinking)
         without_calls = [
             {**message, "tool_calls": None, "content": message.get("content") or ""} for message in self.messages
         ]
@@ -214,10 +326,38 @@ class Conversation:
                 "the chat template leaves out the tool calls of the assistant. Choose a template that supports tools "
                 "(`chat_template_path`), or remove such rows."
             )
-        if self._template_kwargs["tools"] and self._renders_the_same(self.messages, tools=None):
+        if self.template_kwargs["tools"] and self._renders_the_same(self.messages, tools=None):
             raise ValueError(
                 "the chat template leaves out the `tools`. Choose a template that supports tools "
                 "(`chat_template_path`), or remove the column."
+            )
+
+    def _probe_contents(self) -> None:
+        try:
+            self._spans, missing, written = self._content_spans.probe(self.text, self.messages, self.render)
+        except ValueError:  # it takes no such content
+            missing, written = {*range(len(self.messages))}, []
+        for turn in sorted(missing):
+            self._check_is_rendered(turn, message_texts(self.messages[turn]))
+        in_parts = any(isinstance(message.get("content"), list) for message in self.messages)
+        in_parts = in_parts or isinstance(self._processing_class, ProcessorMixin)  # for which `render` makes parts
+        if in_parts and any(before.endswith(("'text': '", '"text": "')) for before in written):
+            raise ValueError(
+                "the chat template prints a `content` of several parts as it stands. Make every `content` a text, or "
+                "choose another template (`chat_template_path`)."
+            )
+        if self._spans is not None:
+            self._content_spans.remember(self.messages, self._kinds, written)
+
+    def _check_is_rendered(self, turn: int, texts: list[str]) -> None:
+        message = self.messages[turn]
+        left_out = _missing_end(texts, self.text)
+        # Some templates (gpt-oss) leave out what is said beside a tool call
+        if left_out is not None and not message.get("tool_calls"):
+            raise ValueError(
+                f"the chat template leaves out turn {turn} ({message['role']}), which ends in {left_out!r}. Choose "
+                "a template that renders all of the conversation (`chat_template_path`), name the role as the "
+                "template does, or take the turn out of the data."
             )
 
     def _renders_the_same(self, messages: Messages, **kwargs: Any) -> bool:
@@ -226,27 +366,68 @@ class Conversation:
         except ValueError:  # it misses something
             return False
 
-    def check_prompt(self, prompt: Messages) -> None:
-        """Raises `ValueError` where TRL would take the end of the prompt, which begins the messages, for completion."""
-        if not self.text.startswith(self.render(prompt, add_generation_prompt=True)):
-            self.text_before(len(prompt))
+    def check_prompt(self, number_of_turns: int, rendered: str) -> None:
+        """
+        Raises `ValueError` where TRL would take the end of the prompt for completion. The prompt is the first turns,
+        rendered with the generation prompt.
+        """
+        if not self.text.startswith(rendered):
+            self.text_before(number_of_turns)
 
-    def _start_of_answer(self, turn: int, input_ids: list[int]) -> int:
-        before = self.text_before(turn)
+    def _answers(self) -> list[int]:
+        return [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def _answer(self, turn: int, positions: TokenPositions) -> Span:
+        """Returns the tokens of an answer, with its end-of-turn tokens."""
+        return positions.at(self._start_of_answer(turn), turn), self._end_of_turn(turn, positions)
+
+    def _turn(self, turn: int) -> "_Turn":
+        """Returns what is remembered of the beginning of such a turn, where contents are found."""
+        if self._spans is None:
+            return _Turn()
+        is_last = turn == len(self.messages) - 1
+        key = (*self._kinds[max(turn - 1, 0) : turn + 1], turn < 2, is_last, *self._around[turn])
+        return self._turns.setdefault(key, _Turn())
+
+    def _start_of_turn(self, turn: int) -> int:
+        """Returns its first character. Raises `ValueError` as `text_before` does."""
+        if turn in (0, len(self.messages)):
+            return len(self.text) if turn else 0
+        known = self._turn(turn)
+        _, end = self._spans[turn - 1] if self._spans else (0, 0)
+        start, has_content = self._spans[turn] if self._spans else (0, 0)
+        found = set()
+        if end and known.tail is not None and self.text.startswith(known.tail, end):
+            found.add(end + len(known.tail))
+        if has_content and known.head is not None and self.text.endswith(known.head, 0, start):
+            found.add(start - len(known.head))
+        if len(found) == 1:
+            return found.pop()
+        character = len(self.text_before(turn))
+        if end and end <= character:
+            known.tail = self.text[end:character]
+        if has_content and character <= start:
+            known.head = self.text[character:start]
+        return character
+
+    def _start_of_answer(self, turn: int) -> int:
+        before, known = self._start_of_turn(turn), self._turn(turn)
+        if known.opening is not None and self.text.startswith(known.opening, before):
+            return before + len(known.opening)
         turns = self.messages[:turn]
-        prompt, prompt_ids = self._render_and_tokenize(turns, add_generation_prompt=True) if turns else ("", [])
+        prompt = self.render(turns, add_generation_prompt=True) if turns else ""
+        start = len(prompt)
         # Thinking belongs to the answer, also where the generation prompt opens it, as in TRL's training templates
-        opening = prompt.find("<think>", len(before))
-        if opening < 0 and (prompt == before or not self.text.startswith(prompt)):
-            # No generation prompt, or one that is not this turn's header: what the template puts before any answer
-            probe_text, prompt_ids = self._render_and_tokenize([*turns, self._plain_answer(turn)])
-            header = self.text[len(before) : common_prefix_length(list(self.text), list(probe_text))]
-            if not header.strip():  # a mere space belongs to the answer, as in TRL's training templates
-                _, prompt_ids = self._render_and_tokenize(turns) if turns else ("", [])
-        start = common_prefix_length(prompt_ids, input_ids)
+        opening = prompt.find("<think>", before)
         if opening >= 0:
-            thinking = self._tokenizer(prompt[opening:], add_special_tokens=False)["input_ids"]
-            start = min(start, len(prompt_ids) - len(thinking))
+            start = min(opening, common_prefix_length([*prompt], [*self.text]))
+        elif len(prompt) == before or not self.text.startswith(prompt):
+            # No generation prompt, or one that is not this turn's header: what the template puts before any answer
+            start = common_prefix_length([*self.text], [*self.render([*turns, self._plain_answer(turn)])])
+            if not self.text[before:start].strip():  # a mere space belongs to the answer, as in TRL's templates
+                start = before
+        if before <= start:
+            known.opening = self.text[before:start]
         return start
 
     def text_before(self, turn: int) -> str:
@@ -265,43 +446,56 @@ class Conversation:
             )
         return text if self.text.startswith(text) else before
 
-    def _end_of_turn(self, turn: int, input_ids: list[int]) -> int:
-        if turn == len(self.messages) - 1:
-            return len(input_ids)
-        self.text_before(turn + 1)
-        _, turn_ids = self._render_and_tokenize(self.messages[: turn + 1])
-        # A token that merges the end of the turn with the next one belongs to the next
-        end = common_prefix_length(turn_ids, input_ids)
+    def _end_of_turn(self, turn: int, positions: TokenPositions) -> int:
+        """Returns the token after it. One that merges its end with the next turn belongs to the next."""
+        end = positions.at(self._start_of_turn(turn + 1), turn + 1)
+        # An answer may end in a special token that follows it, as it has no end-of-turn token itself
         is_answer = self.messages[turn]["role"] == "assistant"
-        if is_answer and end < len(input_ids) and self._ends_in(input_ids[end], turn):
-            end += 1
-        return end
+        return end + (is_answer and positions.is_added(end) and self._ends_in_next(turn))
 
-    def _ends_in(self, following: int, turn: int) -> bool:
-        """Whether a turn ends in the token that follows it: a special one, as it has no end-of-turn token itself."""
-        if following not in self._tokenizer.get_added_vocab().values():
-            return False
-        answer = self.render([*self.messages[:turn], self._plain_answer(turn)])
-        if not self.text.startswith(self.render(self.messages[: turn + 1])):  # it ends in the EOS token, as above
-            answer = answer.removesuffix(self._tokenizer.eos_token or "")
-        return answer.rstrip().endswith(_PROBE)
+    def _ends_in_next(self, turn: int) -> bool:
+        known = self._turn(turn + 1)
+        if known.ends_in_next is None:
+            answer = self.render([*self.messages[:turn], self._plain_answer(turn)])
+            if not self.text.startswith(self.render(self.messages[: turn + 1])):  # it ends in the EOS token, as above
+                answer = answer.removesuffix(self._tokenizer.eos_token or "")
+            known.ends_in_next = answer.rstrip().endswith(_PROBE)
+        return known.ends_in_next
 
     def _plain_answer(self, turn: int) -> dict[str, Any]:
         """Returns an answer in the place of the turn, without its thinking and tool calls, which may come first."""
-        return self._with_probe({"role": "assistant", "content": self.messages[turn].get("content")})
+        in_parts = isinstance(self.messages[turn].get("content"), list)
+        return {"role": "assistant", "content": [{"type": "text", "text": _PROBE}] if in_parts else _PROBE}
 
-    @staticmethod
-    def _with_probe(message: dict[str, Any]) -> dict[str, Any]:
-        """Returns the message with another content, to see what the template puts around it."""
-        in_parts = isinstance(message.get("content"), list)
-        return {**message, "content": [{"type": "text", "text": _PROBE}] if in_parts else _PROBE}
+    def _positions(self, input_ids: list[int]) -> TokenPositions:
+        return TokenPositions(self.text, input_ids, self._tokens, self._tokenize_beginning)
 
-    def _render_and_tokenize(self, messages: Messages, **kwargs: Any) -> tuple[str, list[int]]:
-        text = self.render(messages, **kwargs)
-        input_ids = tokenize_messages(self._processing_class, messages, **{**self._template_kwargs, **kwargs})[
-            "input_ids"
-        ]
-        return text, [int(token) for token in input_ids]  # some processors only return tensors
+    def _tokenize_beginning(self, character: int, turns: int) -> list[int]:
+        """Returns the tokens of the text up to a character, in which the images of this number of turns are."""
+        text = self.text[:character]
+        if not isinstance(self._processing_class, ProcessorMixin):
+            return self._tokens.of(text)
+        messages = prepare_multimodal_messages(self.messages[:turns])
+        images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+        kwargs = {key: value for key, value in self.template_kwargs.items() if key == "return_tensors"}
+        kwargs |= self.template_kwargs.get("processor_kwargs", {})
+        if text.startswith(self._tokenizer.bos_token or "\0"):
+            kwargs["add_special_tokens"] = False
+        input_ids = self._processing_class(text=[text], images=[images] if images else None, **kwargs)["input_ids"]
+        return [int(token) for token in input_ids[0]]
+
+    @functools.cached_property
+    def _around(self) -> list[tuple[frozenset, frozenset]]:
+        """
+        The kinds of the messages before each turn and from it on. Templates of thinking models drop what was thought
+        before the last question.
+        """
+        none: frozenset[tuple] = frozenset()
+        before, after = (
+            [*itertools.accumulate(kinds, lambda known, kind: known | {kind}, initial=none)]
+            for kinds in (self._kinds, self._kinds[::-1])
+        )
+        return [*zip(before[:-1], after[:0:-1], strict=True)]
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -310,11 +504,32 @@ class Conversation:
         return self._processing_class
 
 
+def _kind(message: dict[str, Any]) -> tuple:
+    """Returns what of a message decides about what a template writes around it."""
+    content = message.get("content")
+    if isinstance(content, list):
+        shape: Any = tuple(part["type"] if part["type"] != "text" else bool(part["text"].strip()) for part in content)
+    else:
+        shape = bool(content and content.strip())
+    return (
+        message["role"],
+        shape,
+        *sorted(k for k, v in message.items() if v and k not in ("role", "content", "weight")),
+    )
+
+
+def _gaps(spans: list[Span], text: str) -> list[Span]:
+    """Returns what is before, between and after the contents."""
+    contents = [span for span in spans if span[1]]
+    return [*zip([0, *(end for _, end in contents)], [*(start for start, _ in contents), len(text)], strict=True)]
+
+
 def _missing_end(texts: list[str], rendered: str) -> str | None:
     """Returns the end of the first text that is not rendered. Templates change whitespace, and leave out thinking."""
-    squeezed = "".join(rendered.split())
+    squeezed = ""
     for text in texts:
         end = text.rpartition("</think>")[2].strip()[-20:]
+        squeezed = squeezed or "".join(rendered.split())
         if "".join(end.split()) not in squeezed:
             return end
     return None

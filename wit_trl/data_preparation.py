@@ -1,34 +1,49 @@
 """From rows of any type that TRL knows to tokens, each with a region and a weight."""
 
-import copy
 import functools
+import hashlib
 import importlib.metadata
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl.chat_template_utils import has_generation_markers
-from trl.data_utils import maybe_convert_to_chatml
 
-from ._upstream import get_dataset_column_names, global_then_local_main_first
+from ._upstream import global_then_local_main_first
 from .config import WITSFTConfig
-from .conversation import Conversation, chosen_chat_template, training_chat_template
-from .messages import check_answer, check_messages, check_unicode
+from .conversation import chosen_chat_template, training_chat_template
 from .report import LENGTH_COLUMNS
 from .schemas import remedy_for
-from .weights import MASK_COLUMNS, NO_PROMPT_MESSAGE, token_regions, token_weights
+from .tokenization import SHAREGPT_ROLES, Row, RowTokenizer
+from .weights import (
+    MASK_COLUMNS,
+    NO_CONVERSATION_MESSAGE,
+    NO_PROMPT_MESSAGE,
+    StructureWeights,
+    check_weight,
+    token_regions,
+    token_weights,
+)
 
 
 logger = get_logger(__name__)
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+RowFunction = Callable[[list[Row]], list[Row]]
+
+TARGET_COLUMNS = ("prompt_targets", "completion_targets")  # tokens of each region whose weight in the data is not 0
 _TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
 # Columns that belong to tokens, and mean nothing in a row that has none yet
 _COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths", "turn_weights"}
+_BATCH_SIZE = 100  # rows that are tokenized together
+_ROWS_WITH_ROLES = 1000  # in which a role that has a weight is looked for
+# What decides about the tokens, their regions and their weights in the data
+_SOURCES = (
+    *("content_spans", "conversation", "data_preparation", "messages", "token_positions", "tokenization", "weights"),
+)
 
 
 def check_train_dataset(dataset: Any, formatting_func: Callable | None) -> set[str]:
@@ -84,22 +99,18 @@ class DataPreparation:
             raise ValueError(f"The {self.dataset_name} dataset is empty. Check the file, the split and any filter.")
         return example
 
-    def check_rows(
+    def tokenize(
         self,
         dataset: Dataset | IterableDataset,
+        example: dict[str, Any],
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        prompt_template: str | None,
+        pair_template: str | None,
+        assistant_only_loss: bool,
     ) -> Dataset | IterableDataset:
         """
-        Checks every row of a data set that is not tokenized. Conversations get `"turn_weights"`, the weight of each
-        token's message, if messages have one, and `messages` are tokenized here: TRL cannot find the assistant's turns
-        on a template that neither marks them nor is one of those it knows. `prompt_template` is what TRL renders
-        prompts and completions with, if it is not the own template.
+        Tokenizes rows as TRL does it and weighs their tokens, all in one pass. `example` is the first of them, and
+        `pair_template` what TRL renders prompts and completions with, if it is not the own template.
         """
-        dataset = self.drop_columns_of_tokens(dataset)
-        if "conversations" in get_dataset_column_names(dataset):
-            dataset = self.map_rows(dataset, _to_chatml, "Converting to ChatML", remove_columns="conversations")
-        example = self.first_row(dataset)
         columns = set(example)
         if not {"image", "images"}.isdisjoint(columns):
             raise ValueError(
@@ -111,28 +122,20 @@ class DataPreparation:
                 f"The {self.dataset_name} dataset has `token_weights` but no `input_ids` that they could belong to. "
                 "Tokenize it, or weigh rows or messages with `weight`."
             )
-        function: Callable[..., dict[str, Any]]
+        templates: dict[str, Any] = {"structure": self.args.structure_weights}
         if {"prompt", "completion"} <= columns:
-            if self.args.dataset_text_field in columns:  # TRL would give it the EOS token instead of the completion
-                dataset = dataset.remove_columns(self.args.dataset_text_field)
-            if isinstance(example["prompt"], list):
-                function = functools.partial(
-                    _check_prompt_completion, processing_class=processing_class, chat_template=prompt_template
-                )
-            else:
-                function = functools.partial(_check_texts, columns=["prompt", "completion"])
-        elif "messages" in columns:
-            function = functools.partial(
-                _tokenize_messages,
-                processing_class=processing_class,
-                chat_template=chosen_chat_template(processing_class),
-                tool_template=training_chat_template(processing_class, tools=True),
-            )
+            texts: tuple[str, ...] = ("prompt", "completion")
+            of_messages = isinstance(example["prompt"], list)
+            if assistant_only_loss and pair_template is None:
+                pair_template = training_chat_template(processing_class)
+            templates |= {"chat_template": pair_template, "assistant_only": assistant_only_loss}
+        elif not {"messages", "conversations"}.isdisjoint(columns):
+            texts, of_messages = ("conversations" if "conversations" in columns else "messages",), True
+            templates["chat_template"] = chosen_chat_template(processing_class)
+            templates["tool_template"] = training_chat_template(processing_class, tools=True)
         elif self.args.dataset_text_field in columns:
             logger.warning_once(NO_PROMPT_MESSAGE)
-            if "prompt" in columns:  # in which TRL would look for a completion
-                dataset = dataset.remove_columns("prompt")
-            function = functools.partial(_check_texts, columns=[self.args.dataset_text_field])
+            texts, of_messages = (self.args.dataset_text_field,), False
         else:
             raise ValueError(
                 f"The {self.dataset_name} dataset has the columns {sorted(columns)}, but needs `prompt` and "
@@ -140,54 +143,70 @@ class DataPreparation:
                 f"{remedy_for(columns)} `wit_trl.to_trl_format` converts Alpaca, Dolly and WIT data, and "
                 "`formatting_func` makes text of any columns."
             )
-        return self.map_rows(dataset, function, "Checking rows")
+        self._check_structure_weights(dataset, texts if of_messages else ())
+        self._warn_of_ignored_weights(columns)
+        tokenizer = RowTokenizer(processing_class, texts, of_messages, **templates)
+        function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
+        unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
+        return self.map_rows(dataset, function, "Tokenizing", unused)
 
     def format_rows(
         self, dataset: Dataset | IterableDataset, formatting_func: Callable[[dict], str]
     ) -> Dataset | IterableDataset:
-        """Returns rows with the `"text"` that a `formatting_func` makes of each. It may read any column."""
+        """Returns rows with the text that a `formatting_func` makes of each. It may read any column."""
         logger.warning_once(NO_PROMPT_MESSAGE)
 
-        def format_row(example: dict[str, Any]) -> dict[str, str]:
-            text = formatting_func(example)
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(example)}."
-                )
-            return {"text": text}
+        def format_rows(rows: list[Row]) -> list[Row]:
+            texts = [formatting_func(row) for row in rows]
+            for row, text in zip(rows, texts, strict=True):
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(row)}."
+                    )
+            return [{self.args.dataset_text_field: text} for text in texts]
 
-        return self.drop_columns_of_tokens(self.map_rows(dataset, format_row, "Applying formatting function"))
+        return self.map_rows(dataset, format_rows, "Applying formatting function")
 
-    def drop_columns_of_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """Removes what belongs to tokens from rows that are not tokenized, where TRL ignores most of it."""
-        if isinstance(dataset, Dataset):
-            return dataset.remove_columns(sorted(_COLUMNS_OF_TOKENS & {*dataset.column_names}))
-        if _COLUMNS_OF_TOKENS.isdisjoint(get_dataset_column_names(dataset)):
-            return dataset
-        return dataset.map(remove_columns=sorted(_COLUMNS_OF_TOKENS))
-
-    def weigh_tokens(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    def weigh_tokens(self, dataset: Dataset | IterableDataset, example: dict[str, Any]) -> Dataset | IterableDataset:
         """
         Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
         """
-        columns = get_dataset_column_names(dataset)
-        known = ("weight", "token_weights", "turn_weights")
-        if ignored := [name for name in columns if "weight" in name.lower() and name not in known]:
-            logger.warning(
-                f"The {self.dataset_name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number "
-                "for the row, or to `token_weights`, one for each token of `input_ids`."
-            )
-        if {*MASK_COLUMNS}.isdisjoint(columns):
+        self._check_structure_weights(dataset, ())
+        self._warn_of_ignored_weights({*example})
+        if {*MASK_COLUMNS}.isdisjoint(example):
             logger.warning_once(
                 "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
                 "completion and `prompt_loss_weight` has no effect."
             )
-        used = {*MASK_COLUMNS, "attention_mask", "turn_weights", "weight"} - {"completion_mask"}
-        if isinstance(dataset, Dataset):  # in a stream, the first row may lack columns of the others
-            used &= {*columns}
+        unused = {*MASK_COLUMNS, "attention_mask", "weight"}
         function = functools.partial(_weigh_tokens, kept=self._kept())
-        return self.map_rows(dataset, function, "Finding completions", remove_columns=sorted(used))
+        return self.map_rows(dataset, function, "Finding completions", unused)
+
+    def _check_structure_weights(self, dataset: Dataset | IterableDataset, columns: tuple[str, ...]) -> None:
+        """Refuses weights of roles and templates where these columns hold no conversations, and tells unused roles."""
+        structure = self.args.structure_weights
+        if structure != StructureWeights() and not columns:
+            raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
+        if not structure.role_loss_weights or isinstance(dataset, IterableDataset):
+            return
+        roles = {"tools"}
+        for row in dataset.select_columns([*columns]).take(min(_ROWS_WITH_ROLES, len(dataset))):
+            roles |= {turn.get("role", turn.get("from")) for column in columns for turn in row[column] or ()}
+        roles |= {SHAREGPT_ROLES[role] for role in roles if role in SHAREGPT_ROLES}
+        if unused := structure.role_loss_weights.keys() - roles:
+            logger.warning(
+                f"`role_loss_weights` names {sorted(unused)}, but the first {_ROWS_WITH_ROLES:,} rows of the "
+                f"{self.dataset_name} dataset have only {sorted(filter(None, roles - {'tools'}))}."
+            )
+
+    def _warn_of_ignored_weights(self, columns: set[str]) -> None:
+        known = ("weight", "token_weights", "turn_weights")
+        if ignored := sorted(name for name in columns if "weight" in name.lower() and name not in known):
+            logger.warning(
+                f"The {self.dataset_name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number "
+                "for the row, or to `token_weights`, one for each token of `input_ids`."
+            )
 
     def _kept(self) -> slice:
         """The part of a row that is kept."""
@@ -208,102 +227,87 @@ class DataPreparation:
         return {"num_proc": self.args.dataset_num_proc, "desc": f"{desc} of {self.dataset_name} dataset"}
 
     def map_rows(
-        self, dataset: Dataset | IterableDataset, function: Callable[..., dict[str, Any]], desc: str, **kwargs: Any
+        self, dataset: Dataset | IterableDataset, function: RowFunction, desc: str, unused: Iterable[str] = ()
     ) -> Dataset | IterableDataset:
-        """Maps each row to what the function adds to it, with the number of the row in its errors."""
-        # `Dataset.map` writes the rows anew unless it gets None, which `IterableDataset.map` does not take
-        unchanged: dict[str, Any] | None = None if isinstance(dataset, Dataset) else {}
-
-        def call(example, index, dataset_name, prepared_by):
-            try:
-                return function(example) or unchanged
-            except ValueError as error:
-                raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}") from error
-            except (AttributeError, LookupError, TypeError) as error:  # of a tokenizer or template, whatever it met
-                raise ValueError(f"Row {index} of the {dataset_name} dataset: {error!r}") from error
-
-        # A cache of another version would not have what this one finds
-        fn_kwargs = {"dataset_name": self.dataset_name, "prepared_by": importlib.metadata.version("wit_trl")}
-        map_kwargs = {"with_indices": True, "fn_kwargs": fn_kwargs, **self.map_kwargs(dataset, desc), **kwargs}
+        """
+        Maps rows to what the function makes of some of them, with the number of the row in its errors, and removes the
+        unused columns. A second start reads it from the cache of the data set, also where it is a mere check.
+        """
+        is_stream = isinstance(dataset, IterableDataset)  # of which no row is read before it is needed
+        # In a stream, the first row may lack columns of the others
+        unused = {*unused} if is_stream else {*unused} & {*dataset.column_names}
+        call = _map_row if is_stream else _map_batch
+        fn_kwargs = {"function": function, "dataset_name": self.dataset_name, "made_by": _versions()}
+        options = {"with_indices": True, "fn_kwargs": fn_kwargs, "remove_columns": sorted(unused)}
+        if not is_stream:
+            options |= {"batched": True, "batch_size": _BATCH_SIZE}
         with global_then_local_main_first():
-            return dataset.map(call, **map_kwargs)
+            return dataset.map(call, **options, **self.map_kwargs(dataset, desc))
 
 
-def _to_chatml(example: dict[str, Any]) -> dict[str, Any]:
-    """ShareGPT calls the user `human` and the assistant `gpt`, which chat templates do not know."""
-    turns = example.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"`conversations` must be a list of turns, but is {turns!r}.")
-    messages = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
-    check_messages(messages, "conversations")
-    return {"messages": [{**m, "role": _SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]}
+@functools.cache
+def _versions() -> str:
+    """Returns what tells a cache of this code from one of another."""
+    sources = hashlib.sha256()
+    for name in _SOURCES:
+        sources.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    others = [importlib.metadata.version(name) for name in ("trl", "transformers", "tokenizers", "jinja2")]
+    return " ".join([sources.hexdigest(), *others])
 
 
-def _tokenize_messages(
-    example: dict[str, Any],
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    chat_template: str,
-    tool_template: str | None,
-) -> dict[str, Any]:
-    if example.get("tools") and tool_template is not None:
-        chat_template = tool_template
-    messages = check_messages(example.get("messages"), "messages")
-    check_answer(messages, "messages")
-    conversation = Conversation(messages, processing_class, chat_template, example)
-    if has_generation_markers(chat_template):
-        tokens = conversation.tokenize(return_assistant_tokens_mask=True)
-        masks = tokens["assistant_masks"]
-    else:
-        tokens = conversation.tokenize()
-        masks = conversation.assistant_masks(tokens["input_ids"])
-    if 1 not in masks:
-        raise ValueError(
-            "the chat template marks no token of the assistant's turns. Check where its `{% generation %}` stands."
-        )
-    input_ids = tokens["input_ids"]
-    return {"input_ids": input_ids, "assistant_masks": masks, "turn_weights": conversation.turn_weights(input_ids)}
+def _map_batch(
+    batch: Mapping[str, list], indices: list[int], function: RowFunction, dataset_name: str, made_by: str
+) -> dict[str, list]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    made = _name_row(function, rows, indices, dataset_name)
+    return {name: [row[name] for row in made] for name in made[0]}
 
 
-def _check_prompt_completion(
-    example: dict[str, Any],
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    chat_template: str | None,
-) -> dict[str, Any]:
-    prompt, completion = (check_messages(example.get(name), name) for name in ("prompt", "completion"))
-    check_answer(completion, "completion")
-    if example.get("chat_template_kwargs", {}) is None:
-        raise ValueError("`chat_template_kwargs` is None, which TRL does not take. Give every row a dict, or none.")
-    conversation = Conversation(prompt + completion, processing_class, chat_template, example)
-    conversation.check_prompt(prompt)
-    return {"turn_weights": conversation.turn_weights()}
+def _map_row(row: Row, index: int, function: RowFunction, dataset_name: str, made_by: str) -> Row:
+    (made,) = _name_row(function, [row], [index], dataset_name)
+    return made
 
 
-def _check_texts(example: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    for column in columns:
-        if not isinstance(example.get(column), str):
-            raise ValueError(
-                f"`{column}` must be a text, but is {example.get(column)!r}. Fill it in or remove the row."
-            )
-        check_unicode(example[column], f"`{column}`")
-    return {}
+def _name_row(function: RowFunction, rows: list[Row], indices: list[int], dataset_name: str) -> list[Row]:
+    """Returns what a function makes of rows. Of several, it looks for the one that is wrong only if one is."""
+    try:
+        return function(rows)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a tokenizer or template, whatever it met
+        if len(rows) == 1:
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"Row {indices[0]} of the {dataset_name} dataset: {reason}") from error
+        for row, index in zip(rows, indices, strict=True):
+            _name_row(function, [row], [index], dataset_name)
+        raise
 
 
-def _weigh_tokens(example: dict[str, Any], kept: slice) -> dict[str, Any]:
-    regions, weights = token_regions(example), token_weights(example)
-    if len(turn_weights := example.get("turn_weights", ())):
-        if len(turn_weights) != len(weights):
-            raise ValueError(
-                "the messages have weights, but the tokens of the whole conversation are not those of prompt and "
-                "completion. Pass the conversation as `messages`."
-            )
-        weights *= torch.as_tensor(turn_weights)
-    left = regions[kept]
+def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -> list[Row]:
+    made = []
+    for row, tokens in zip(rows, tokenizer(rows), strict=True):
+        input_ids = tokens["input_ids"]
+        weights = np.full(len(input_ids), check_weight(row.get("weight"), "`weight`"), np.float32)
+        if len(tokens["turn_weights"]):
+            weights *= tokens["turn_weights"]
+        made.append(_prepared(input_ids, tokens["completion_mask"], weights, kept))
+    return made
+
+
+def _weigh_tokens(rows: list[Row], kept: slice) -> list[Row]:
+    return [_prepared(row["input_ids"], token_regions(row), token_weights(row).numpy(), kept) for row in rows]
+
+
+def _prepared(input_ids: list[int], regions: list[int], weights: np.ndarray, kept: slice) -> Row:
+    """Returns a row as it is trained on, and what was cut off it."""
+    left, left_weights = regions[kept], weights[kept]
+    targets = np.where(left_weights[1:] != 0, left[1:], -100)
     return {
-        "input_ids": example["input_ids"][kept],
+        "input_ids": input_ids[kept],
         "completion_mask": left,
-        "token_weights": weights.numpy()[kept],
+        "token_weights": left_weights,
         "prompt_length": regions.count(0),
         "completion_length": regions.count(1),
         "truncated": len(left) < len(regions),
         "completion_lost": 1 in regions[1:] and 1 not in left[1:],
+        "prompt_targets": np.count_nonzero(targets == 0),
+        "completion_targets": np.count_nonzero(targets == 1),
     }

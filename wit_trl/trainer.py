@@ -12,7 +12,6 @@ from trl import SFTTrainer
 from ._upstream import keep_gradient_of_4bit_weights
 from .checkpoints import LossWeightsCallback, checkpoint_to_resume
 from .config import WITSFTConfig, loss_weights
-from .conversation import training_chat_template
 from .data_collator import DataCollatorForWIT
 from .data_preparation import DataPreparation, check_train_dataset
 from .lm_head import prepare_lm_head, weighted_forward
@@ -111,8 +110,11 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
 
         self._unprepared = None
         if data_collator is None:
-            collator_class = DataCollatorForVisionLanguageWIT if self._is_vision_dataset else DataCollatorForWIT
-            weights = {name: getattr(args, name) for name in ("prompt_loss_weight", "completion_loss_weight")}
+            collator_class, names = DataCollatorForWIT, ["prompt_loss_weight", "completion_loss_weight"]
+            if self._is_vision_dataset:
+                collator_class = DataCollatorForVisionLanguageWIT
+                names += ["role_loss_weights", "chat_template_loss_weight", "completion_turns"]
+            weights = {name: getattr(args, name) for name in names}
             self.data_collator = collator_class(**vars(self.data_collator), **weights)
             if self._is_vision_dataset:
                 check_image_rows(self.train_dataset, self.data_collator, self.args)
@@ -127,20 +129,22 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         self.add_callback(LossWeightsCallback)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        # TRL tokenizes whole rows and labels the completion, whatever its weight. From there on, each token needs its
-        # region and the weight that the data gives it, where TRL has labels.
+        # One map instead of TRL's, of which each reads and writes all rows: to the same tokens, each with its region
+        # and the weight that the data gives it, where TRL has labels.
         is_train = dataset is self._unprepared
         preparation = DataPreparation(args, packing, dataset_name)
-        columns = set(preparation.first_row(dataset))
-        if {"seq_lengths", "completion_mask"} <= columns:
+        example = preparation.first_row(dataset)
+        if {"seq_lengths", "completion_mask"} <= example.keys():
             return dataset  # packed already
-        if "input_ids" not in columns:
-            if formatting_func is None:
-                dataset = preparation.check_rows(dataset, processing_class, self.chat_template)
-            else:
+        if "input_ids" in example:
+            dataset = preparation.weigh_tokens(dataset, example)
+        else:
+            if formatting_func is not None:
                 dataset = preparation.format_rows(dataset, formatting_func)
-            dataset = self._tokenize(dataset, processing_class, args, dataset_name)
-        dataset = preparation.weigh_tokens(dataset)
+                example = {args.dataset_text_field: None}
+            dataset = preparation.tokenize(
+                dataset, example, processing_class, self.chat_template, self._assistant_only_loss
+            )
         if is_train:  # evaluation sets keep all their rows, since both regions are measured
             rows = select_training_rows(dataset, preparation)
             dataset = rows.dataset
@@ -151,19 +155,6 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         if is_train:
             self._training_rows = rows._replace(dataset=dataset)
         return dataset
-
-    def _tokenize(self, dataset, processing_class, args, dataset_name):
-        """Has TRL tokenize whole rows and label their completion."""
-        self.completion_only_loss = True
-        args, chat_template = copy.copy(args), self.chat_template
-        args.max_length, args.shuffle_dataset = None, False
-        args.assistant_only_loss = self._assistant_only_loss
-        if args.assistant_only_loss and chat_template is None:
-            self.chat_template = training_chat_template(processing_class)
-        try:
-            return super()._prepare_dataset(dataset, processing_class, args, False, None, dataset_name)
-        finally:
-            self.chat_template = chat_template
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """

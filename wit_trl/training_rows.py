@@ -1,17 +1,19 @@
 """Which of the prepared rows are trained on, packed or not, and what is refused because nothing would be learned."""
 
+import functools
 import itertools
 from typing import NamedTuple
 
+import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
 
 from ._upstream import global_then_local_main_first
 from .config import WITSFTConfig
-from .data_preparation import DataPreparation
+from .data_preparation import TARGET_COLUMNS, DataPreparation
 from .report import STREAMED_ROWS, RowLengths
-from .vision_data_collator import DataCollatorForVisionLanguageWIT
+from .vision_data_collator import DataCollatorForVisionLanguageWIT, check_rows
 
 
 logger = get_logger(__name__)
@@ -46,72 +48,73 @@ def pack(dataset: Dataset | IterableDataset, preparation: DataPreparation) -> Da
 
 def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPreparation) -> TrainingRows:
     """
-    Returns what of the rows of `weigh_tokens` is trained on. Drops the rows in which every token weighs 0, where
-    TRL drops fully masked ones: after truncation, but not after packing.
+    Returns what of prepared rows is trained on. Drops the rows in which every token weighs 0, where TRL drops fully
+    masked ones: after truncation, but not after packing.
 
     Raises:
         `ValueError`: no row has a target, or completions have a weight, but truncation left no row one.
     """
     args = preparation.args
     weights = (args.prompt_loss_weight, args.completion_loss_weight)
-    if args.completion_loss_weight > 0 and _completions_are_lost(whole):
-        raise ValueError(
-            f"No row of the {preparation.dataset_name} dataset has a completion left to train on: "
-            f"{_truncation(whole, args)}, so the model would learn its prompts alone. Raise `max_length`, or set "
-            "`completion_loss_weight=0` if that is what you want."
-        )
+    regions = [column for column, weight in zip(TARGET_COLUMNS, weights, strict=True) if weight]
+    drops = args.max_length is not None and not args.packing
 
-    def has_target(regions, token_weights):
-        return any(
-            weights[region] != 0 and weight != 0
-            for region, weight in zip(regions[1:], token_weights[1:], strict=True)
-            if region != -100
-        )
+    if isinstance(whole, IterableDataset):
+        _check_targets(whole, regions, preparation)
+        kept = whole.filter(lambda row: any(row[region] for region in regions)) if drops else whole
+        return TrainingRows(pack(kept, preparation) if preparation.packing else kept)
 
-    columns = ["completion_mask", "token_weights"]
-    kept = pack(whole, preparation) if preparation.packing else whole
-    if args.max_length is not None and not args.packing:
-        desc = preparation.map_kwargs(whole, "Dropping rows without target")
-        with global_then_local_main_first():
-            kept = kept.filter(has_target, input_columns=columns, **desc)
-    if not any(has_target(*(row[name] for name in columns)) for row in kept):
-        raise ValueError(
-            f"No row of the {preparation.dataset_name} dataset has a token left to train on. The weights of prompt and "
-            f"completion are {weights}, and {_truncation(whole, args)}. Raise `max_length`, give the other region a "
-            "weight, or look for weights of 0 in the data."
-        )
-    if not isinstance(whole, Dataset):
-        return TrainingRows(kept)
-    dropped = 0 if preparation.packing else len(whole) - len(kept)
+    _check_targets(whole, regions, preparation)
+    kept = whole
+    if drops:
+        columns = whole.select_columns(regions).with_format("arrow")[:]
+        has_target = np.any([columns[region].to_numpy() > 0 for region in regions], axis=0)
+        if not has_target.all():
+            kept = whole.select(np.flatnonzero(has_target))
+    dropped = len(whole) - len(kept)
     if dropped:
         logger.warning(
             f"Dropped {dropped} of {len(whole)} rows of the {preparation.dataset_name} dataset: they have no token of "
             f"non-zero weight, or none within `max_length={args.max_length}`."
         )
-    return TrainingRows(kept, RowLengths.read(whole), dropped)
+    return TrainingRows(pack(kept, preparation) if preparation.packing else kept, RowLengths.read(whole), dropped)
 
 
-def _first_rows(rows: Dataset | IterableDataset, columns: list[str]) -> list[dict]:
-    """Returns these columns of all rows, or of the first ones of a stream, which may have no end."""
-    rows = rows.select_columns(columns)
-    return list(itertools.islice(rows, STREAMED_ROWS + 1)) if isinstance(rows, IterableDataset) else list(rows)
-
-
-def _completions_are_lost(rows: Dataset | IterableDataset) -> bool:
-    """Whether there are completions, but truncation left no row one. Of a long stream nobody can tell."""
-    lost = False
-    for number, row in enumerate(rows.select_columns(["completion_length", "completion_lost"])):
+def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparation: DataPreparation) -> None:
+    """Reads rows until one has a target, and one its completion. Of a long stream nobody can tell of the latter."""
+    args = preparation.args
+    has_target, lost, keeps_completion = False, False, args.completion_loss_weight == 0
+    for number, row in enumerate(rows.select_columns([*regions, "completion_length", "completion_lost"])):
         is_long_stream = isinstance(rows, IterableDataset) and number == STREAMED_ROWS
-        if is_long_stream or (row["completion_length"] and not row["completion_lost"]):
-            return False
         lost = lost or row["completion_lost"]
-    return lost
+        keeps_completion = (
+            keeps_completion or is_long_stream or (row["completion_length"] and not row["completion_lost"])
+        )
+        has_target = has_target or any(row[region] for region in regions)
+        if has_target and keeps_completion:
+            return
+    if lost and not keeps_completion:
+        raise ValueError(
+            f"No row of the {preparation.dataset_name} dataset has a completion left to train on: "
+            f"{_truncation(rows, args)}, so the model would learn its prompts alone. Raise `max_length`, or set "
+            "`completion_loss_weight=0` if that is what you want."
+        )
+    if not has_target:
+        raise ValueError(
+            f"No row of the {preparation.dataset_name} dataset has a token left to train on. The weights of prompt and "
+            f"completion are {(args.prompt_loss_weight, args.completion_loss_weight)}, and {_truncation(rows, args)}. "
+            "Raise `max_length`, give the other region a weight, or look for weights of 0 in the data."
+        )
 
 
 def _truncation(rows: Dataset | IterableDataset, args: WITSFTConfig) -> str:
-    """What an error says of it."""
+    """What an error says of it, of all rows or of the first ones of a stream, which may have no end."""
     column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
-    found = [bool(row[column]) for row in _first_rows(rows, [column])]
+    columns = rows.select_columns([column])
+    found = [
+        bool(row[column])
+        for row in itertools.islice(columns, STREAMED_ROWS + 1 if isinstance(rows, IterableDataset) else None)
+    ]
     return f"{sum(found)} of {len(found)} rows were {verb} to `max_length={args.max_length}`"
 
 
@@ -130,7 +133,12 @@ def check_image_rows(
 
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
-        DataPreparation(args, False, "train").map_rows(texts, collator.check_row, "Checking rows")
+        DataPreparation(args, False, "train").map_rows(
+            texts,
+            functools.partial(check_rows, text_field=collator.dataset_text_field),
+            "Checking rows",
+            texts.column_names,
+        )
     if not any(map(has_target, dataset)):
         raise ValueError(
             f"No example of the train dataset has a token left to train on{' in its completion' * in_completion}. The "

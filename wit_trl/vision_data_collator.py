@@ -21,7 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ._upstream import record_replacements
 from .conversation import Conversation, chosen_chat_template
 from .messages import check_answer, check_messages
-from .weights import NO_PROMPT_MESSAGE, check_weight, set_targets
+from .weights import NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight, set_targets
 
 
 logger = logging.get_logger(__name__)
@@ -65,6 +65,9 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             Weight of a prompt token.
         completion_loss_weight (`float`, *optional*, defaults to `0.8`):
             Weight of a completion token.
+        role_loss_weights (`dict[str, float]`, *optional*), chat_template_loss_weight (`float`, *optional*, defaults to
+        `1.0`), completion_turns (`str`, *optional*, defaults to `"all"`):
+            As in [`WITSFTConfig`].
 
     Raises:
         `ValueError`: a column is missing or `None`; a conversation is empty, or has no assistant turn or a message
@@ -85,11 +88,14 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
 
     prompt_loss_weight: float = 0.2
     completion_loss_weight: float = 0.8
+    role_loss_weights: dict[str, float] | None = None
+    chat_template_loss_weight: float = 1.0
+    completion_turns: str = "all"
 
-    def check_row(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Raises `ValueError` for what is wrong in an example but for its images, and adds nothing to it."""
-        check_weight(_complete_row(example, self._columns(example)).get("weight"), "`weight`")
-        return {}
+    @property
+    def structure_weights(self) -> StructureWeights:
+        """What roles and the chat template's own tokens weigh, and which turns are completion."""
+        return StructureWeights(self.role_loss_weights or {}, self.chat_template_loss_weight, self.completion_turns)
 
     def tokenize_rows(self, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """
@@ -134,15 +140,8 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 raise row
         return rows
 
-    def _columns(self, example: dict[str, Any]) -> list[str]:
-        if "messages" in example:
-            return ["messages"]
-        if self.dataset_text_field in example and "completion" not in example:
-            return [self.dataset_text_field]
-        return ["prompt", "completion"]
-
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        columns = self._columns(examples[0])
+        columns = _columns(examples[0], self.dataset_text_field)
         if columns == ["prompt", "completion"]:  # where TRL would take a text
             examples = [{k: v for k, v in row.items() if k != self.dataset_text_field} for row in examples]
         mark_turns = columns == ["messages"] and not has_generation_markers(self._training_template)
@@ -159,8 +158,11 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 rows.append(row)
                 row_weights.append(check_weight(row.get("weight"), "`weight`"))
                 conversation = self._conversation(row, columns) if is_conversational(row) else None
+                if conversation is None and self.structure_weights != StructureWeights():
+                    raise ValueError(NO_CONVERSATION_MESSAGE)
                 if conversation is not None and self.completion_only_loss:
-                    conversation.check_prompt(conversation.messages[: len(row["prompt"])])
+                    prompt = conversation.messages[: len(row["prompt"])]
+                    conversation.check_prompt(len(prompt), conversation.render(prompt, add_generation_prompt=True))
                 conversations.append(conversation)
         collator = copy.copy(self)
         image_texts: set[str] = set()
@@ -176,6 +178,8 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         if batch["input_ids"].size(1) == 0:
             raise ValueError("No example of the batch has a token. Remove such rows.")
 
+        structure = self.structure_weights
+        only_last = structure.completion_turns == "last"
         region = (batch["labels"] != -100).long()
         data_weights = torch.tensor(row_weights)[:, None].repeat(1, region.size(1))
         for position, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
@@ -184,12 +188,18 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             with _naming(position, row, columns):
                 length = int(batch["attention_mask"][position].sum())  # the padding is on the right
                 input_ids = batch["input_ids"][position, :length].tolist()
-                if mark_turns:
-                    region[position, :length] = torch.tensor(conversation.assistant_masks(input_ids))
-                turn_weights = conversation.turn_weights(input_ids)
+                prompt, completion = row.get("prompt", ()), row.get("completion", ())
+                if mark_turns or (only_last and len(completion) > 1):
+                    masks = torch.tensor(conversation.assistant_masks(input_ids, only_last))
+                    region[position, :length] = masks if mark_turns else masks.minimum(region[position, :length])
+                elif only_last and columns == ["messages"]:
+                    kept = conversation.keep_last_answer(region[position, :length].tolist(), input_ids)
+                    region[position, :length] = torch.tensor(kept)
+                turn_weights = conversation.turn_weights(input_ids, structure, len(prompt))
                 if len(turn_weights):
                     data_weights[position, :length] *= torch.from_numpy(turn_weights)
-                if len({message.get("weight") for message in row.get("completion", ())}) > 1:
+                weights = {(turn.get("weight"), structure.role_loss_weights.get(turn["role"])) for turn in completion}
+                if len(weights) > 1 or (only_last and len(completion) > 1):
                     _check_same_tokens(conversation, input_ids)
                 if columns == ["messages"] and length != self.max_length and not region[position].any():
                     raise ValueError(
@@ -228,6 +238,19 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             template_kwargs |= row.get("chat_template_kwargs") or {}
         template = None if self.completion_only_loss else self.chat_template
         return Conversation(messages, self.processor, template, {"chat_template_kwargs": template_kwargs})
+
+
+def check_rows(rows: list[dict[str, Any]], text_field: str) -> list[dict[str, Any]]:
+    """Raises `ValueError` for what is wrong in an example but for its images."""
+    for row in rows:
+        check_weight(_complete_row(row, _columns(row, text_field)).get("weight"), "`weight`")
+    return [{"checked": True}] * len(rows)
+
+
+def _columns(example: dict[str, Any], text_field: str) -> list[str]:
+    if "messages" in example:
+        return ["messages"]
+    return [text_field] if text_field in example and "completion" not in example else ["prompt", "completion"]
 
 
 @contextmanager

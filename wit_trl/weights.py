@@ -3,6 +3,7 @@ What a token weighs: its region (prompt or completion), the weight that the data
 `token_weights`, the numerator of the loss, and `labels`, which count its divisor.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +13,33 @@ NO_PROMPT_MESSAGE = (
     "The data set has no prompt to weight: every token is completion and `prompt_loss_weight` has no effect. Pass "
     "prompt/completion or `messages` columns to use both weights."
 )
+NO_CONVERSATION_MESSAGE = (
+    "`role_loss_weights`, `chat_template_loss_weight` and `completion_turns` mean nothing in data that holds no "
+    "conversations. Leave them unset, or pass messages."
+)
 # The columns of tokenized data that tell prompt and completion apart
 MASK_COLUMNS = ("labels", "completion_mask", "assistant_masks")
+_LARGEST = 1e38  # that float32 holds, nearly
 REGIONS = {0: "prompt", 1: "completion", -100: "never a target"}
+
+
+@dataclass(frozen=True)
+class StructureWeights:
+    """
+    What the structure of a conversation says of the weights of its tokens.
+
+    Args:
+        role_loss_weights (`dict[str, float]`):
+            Weight of the tokens of a role. Of others it is 1.
+        chat_template_loss_weight (`float`):
+            Weight of the tokens of the prompt that the chat template writes itself.
+        completion_turns (`str`):
+            Which of the assistant's turns are completion: `"all"` or `"last"`.
+    """
+
+    role_loss_weights: dict[str, float] = field(default_factory=dict)
+    chat_template_loss_weight: float = 1.0
+    completion_turns: str = "all"
 
 
 def token_regions(example: dict[str, Any]) -> list[int]:
@@ -102,7 +127,9 @@ def check_weights(values: Any, name: str) -> torch.Tensor:
 
 def check_weight(value: Any, name: str) -> float:
     """Returns a single weight, 1 for `None`. Raises `ValueError` unless it is a finite number that is not negative."""
-    weight = check_weights(1 if value is None else value, name)
+    if value is None or (type(value) in (int, float) and 0 <= value <= _LARGEST):
+        return 1.0 if value is None else float(value)
+    weight = check_weights(value, name)
     if weight.ndim > 0:
         raise ValueError(f"{name} is {value!r}, but must be one number.")
     return weight.item()
