@@ -198,12 +198,17 @@ class Conversation:
         return [mask if start <= position < end else 0 for position, mask in enumerate(masks)]
 
     def turn_weights(
-        self, input_ids: list[int] | None = None, structure: StructureWeights = _NO_STRUCTURE, first_answer: int = 0
+        self,
+        input_ids: list[int] | None = None,
+        structure: StructureWeights = _NO_STRUCTURE,
+        regions: list[int] | None = None,
+        first_answer: int = 0,
     ) -> np.ndarray:
         """
         Returns for each token the `"weight"` of the message that adds it times the weight of its role, and for what the
         template writes itself in the prompt its weight; nothing if all of them are 1. What precedes the first message
-        belongs to it. The assistant's turns from `first_answer` on are no prompt, or of these the last.
+        belongs to it. `regions` tells the prompt (0), of which the assistant's turns from `first_answer` on, or of
+        these the last, are no part.
 
         Raises:
             `ValueError`: it cannot be told where a turn ends whose weight is not that of the next one, or what the
@@ -227,7 +232,7 @@ class Conversation:
             answers = [turn for turn in self._answers() if turn >= first_answer]
             if structure.completion_turns == "last":
                 answers = answers[-1:]
-            of_template = np.full(len(input_ids), structure.chat_template_loss_weight, np.float32)
+            of_template = np.where(np.asarray(regions) == 0, np.float32(structure.chat_template_loss_weight), 1)
             for start, end in [*tools, *self._contents(positions, answers)]:
                 of_template[start:end] = 1
             weights *= of_template

@@ -107,7 +107,9 @@ class RowTokenizer:
                     masks = tokens["assistant_masks"]
                 if 1 not in masks:
                     raise ValueError(_NO_MARK_MESSAGE)
-                tokenized.append(_tokenized(input_ids, masks, conversation.turn_weights(input_ids, self.structure)))
+                tokenized.append(
+                    _tokenized(input_ids, masks, conversation.turn_weights(input_ids, self.structure, masks))
+                )
         return tokenized
 
     def _conversation(self, row: Row) -> Conversation:
@@ -150,7 +152,7 @@ class RowTokenizer:
                 regions = [*map(min, regions, tokens["assistant_masks"])]
             if self.structure.completion_turns == "last" and len(prompt) < len(conversation.messages) - 1:
                 regions = [*map(min, regions, conversation.assistant_masks(input_ids, only_last=True))]
-            weights = conversation.turn_weights(input_ids, self.structure, first_answer=len(prompt))
+            weights = conversation.turn_weights(input_ids, self.structure, regions, len(prompt))
             tokenized.append(_tokenized(input_ids, regions, weights))
         return tokenized
 

@@ -195,7 +195,9 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 elif only_last and columns == ["messages"]:
                     kept = conversation.keep_last_answer(region[position, :length].tolist(), input_ids)
                     region[position, :length] = torch.tensor(kept)
-                turn_weights = conversation.turn_weights(input_ids, structure, len(prompt))
+                turn_weights = conversation.turn_weights(
+                    input_ids, structure, region[position, :length].tolist(), len(prompt)
+                )
                 if len(turn_weights):
                     data_weights[position, :length] *= torch.from_numpy(turn_weights)
                 weights = {(turn.get("weight"), structure.role_loss_weights.get(turn["role"])) for turn in completion}
