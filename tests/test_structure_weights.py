@@ -1,8 +1,11 @@
 """Weights of roles, of what the chat template writes, and of turns."""
 
+import io
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from rich.console import Console
 
 from wit_trl import WITSFTConfig
 
@@ -217,3 +220,12 @@ def test_settings_that_mean_nothing_are_refused(structure, error, tmp_path):
 def test_roles_may_be_json(tmp_path):
     config = WITSFTConfig(str(tmp_path), use_cpu=True, role_loss_weights='{"system": 0}')
     assert config.structure_weights.role_loss_weights == {"system": 0}
+
+
+def test_table_and_rows_show_what_was_set(prepare, tokenizer):
+    trainer, _ = prepare(ROWS["messages"], chat_template_loss_weight=0, completion_turns="last", **ROLES)
+    console = Console(width=100, file=io.StringIO())
+    console.print(trainer.weight_report())
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    shown = ["weight of the role system 0", "weight of the role user 0.5", "weight of what the template writes 0"]
+    assert [*shown, "turns that are completion last"] == lines[lines.index(shown[0]) :][:4]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ._upstream import get_dataset_column_names
-from .weights import REGIONS, token_regions, token_weights
+from .weights import REGIONS, StructureWeights, token_regions, token_weights
 
 
 logger = get_logger(__name__)
@@ -88,6 +88,7 @@ class WeightReport:
         truncated (`int`, *optional*): Rows cut to `max_length`. `None` if unknown.
         without_completion (`int`, *optional*): Rows that lost their whole completion in this way. `None` if unknown.
         dropped (`int`, *optional*): Rows dropped because no token of non-zero weight was left. `None` if unknown.
+        structure ([`StructureWeights`]): What roles and the chat template's own tokens were given.
     """
 
     rows: int
@@ -102,6 +103,7 @@ class WeightReport:
     truncated: int | None
     without_completion: int | None
     dropped: int | None
+    structure: StructureWeights = field(default_factory=StructureWeights)
 
     @property
     def negligible_regions(self) -> list[str]:
@@ -133,6 +135,12 @@ class WeightReport:
         facts = Table.grid(padding=(0, 2), pad_edge=True)
         least, most = self.data_weights
         facts.add_row("weights in the data", "none" if least == most == 1 else f"{least:g} to {most:g}")
+        for role, weight in self.structure.role_loss_weights.items():
+            facts.add_row(f"weight of the role {role}", f"{weight:g}")
+        if self.structure.chat_template_loss_weight != 1:
+            facts.add_row("weight of what the template writes", f"{self.structure.chat_template_loss_weight:g}")
+        if self.structure.completion_turns != "all":
+            facts.add_row("turns that are completion", self.structure.completion_turns)
         facts.add_row("completion tokens to a prompt token", _ratio(self.tokens[1], self.tokens[0]))
         facts.add_row("gradient of the completion against conventional tuning *", scale)
         facts.add_row("rows truncated", _count(self.truncated))
@@ -165,6 +173,7 @@ def weigh(
     lengths: RowLengths | None = None,
     dropped: int | None = None,
     partial: bool | None = None,
+    structure: StructureWeights | None = None,
 ) -> WeightReport:
     r"""
     Returns the [`WeightReport`] of a tokenized training set: of its first thousand rows if it is a stream or was not
@@ -186,6 +195,8 @@ def weigh(
             Number of rows that were dropped.
         partial (`bool`, *optional*):
             Whether `rows` are only the first ones. Told by `rows` itself, unless it is a list of some of them.
+        structure ([`StructureWeights`], *optional*):
+            What roles and the chat template's own tokens were given, to be shown.
 
     Raises:
         `ValueError`: a row is not tokenized, is read through a transform, or its masks or weights are wrong.
@@ -231,6 +242,7 @@ def weigh(
         truncated=None if lengths is None else int(np.count_nonzero(lengths.truncated)),
         without_completion=None if lengths is None else int(np.count_nonzero(lengths.completion_lost)),
         dropped=dropped,
+        structure=structure or StructureWeights(),
     )
 
 

@@ -183,11 +183,12 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         dataset, weights = self.train_dataset, loss_weights(self.args, self.data_collator)
         if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
             rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
-            return weigh(rows, weights, partial=not isinstance(dataset, Dataset) or len(rows) < len(dataset))
+            partial = not isinstance(dataset, Dataset) or len(rows) < len(dataset)
+            return weigh(rows, weights, partial=partial, structure=self.args.structure_weights)
         if not isinstance(self.data_collator, DataCollatorForWIT):
             raise ValueError("The data collator is another one than `DataCollatorForWIT`, which may weigh otherwise.")
         known = self._training_rows if dataset is self._training_rows.dataset else TrainingRows(dataset)
-        return weigh(dataset, weights, known.lengths, known.dropped)
+        return weigh(dataset, weights, known.lengths, known.dropped, structure=self.args.structure_weights)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
