@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import has_generation_markers
 
-from wit_trl.conversation import Conversation, logger, training_chat_template
+from wit_trl.conversation import Conversation, TemplateMemory, logger, training_chat_template
 from wit_trl.messages import check_messages
 
 from .conftest import CHAT_TEMPLATES, train_tokenizer
@@ -474,3 +475,50 @@ def test_tools_and_template_arguments_of_the_row(render):
 def test_incomplete_messages_are_refused(messages, error):
     with pytest.raises(ValueError, match=error):
         check_messages(messages, "messages")
+
+
+CONTENTS = [
+    "Hi.",
+    "",
+    " ",
+    " leading",
+    "trailing \n",
+    "Ünïcödé 😀",
+    "<|im_end|>",
+    "<think>\nHm.\n</think>\n\nYes",
+    'say "x"\n',
+]
+
+
+def random_conversation(choose):
+    """Turns with or without a system prompt, thinking, tool calls, weights, and whatever a content may hold."""
+    messages = [{"role": "system", "content": choose.choice(CONTENTS)}] if choose.random() < 0.4 else []
+    for _ in range(choose.randint(1, 3)):
+        messages.append({"role": "user", "content": choose.choice(CONTENTS)})
+        if choose.random() < 0.3:
+            messages += [{**CALLS[2], "content": choose.choice(["", "Let me see."])}, CALLS[3]]
+        thinking = {"reasoning_content": "Hm."} if choose.random() < 0.2 else {}
+        messages.append({"role": "assistant", "content": choose.choice(CONTENTS), **thinking})
+    return [{**message, "weight": choose.choice([0, 0.5, 1])} for message in messages]
+
+
+def outcome(messages, *args):
+    """The spans and weights of a conversation, or what refuses it."""
+    try:
+        conversation = Conversation(messages, *args)
+        input_ids = conversation.tokenize()["input_ids"]
+        return conversation.assistant_masks(input_ids), conversation.turn_weights(input_ids).tolist()
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_remembered_of_a_template_changes_no_verdict(name, template_tokenizer):
+    choose, memory = random.Random(name), TemplateMemory(template_tokenizer)
+    outcomes = []
+    for _ in range(12):
+        messages = random_conversation(choose)
+        args = (template_tokenizer, TEMPLATES[name], {"tools": TOOLS} if choose.random() < 0.3 else {})
+        outcomes.append(outcome(messages, *args))
+        assert outcome(messages, *args, memory) == outcomes[-1], messages
+    assert len({str(each) for each in outcomes}) > 1
