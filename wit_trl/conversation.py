@@ -224,15 +224,16 @@ class Conversation:
             input_ids = self.tokenize()["input_ids"]
         positions = self._positions(input_ids)
         weights = self._spread(of_roles, "role weight", positions)
-        tools = self._tools(positions) if has_tools and structure != _NO_STRUCTURE else []
+        template_weight = structure.chat_template_loss_weight
+        tools = self._tools(positions) if has_tools and (structure.role_loss_weights or template_weight != 1) else []
         for start, end in tools:
             weights[start:end] = of_tools
         weights *= self._spread(of_messages, "`weight`", positions)
-        if structure.chat_template_loss_weight != 1:
+        if template_weight != 1:
             answers = [turn for turn in self._answers() if turn >= first_answer]
             if structure.completion_turns == "last":
                 answers = answers[-1:]
-            of_template = np.where(np.asarray(regions) == 0, np.float32(structure.chat_template_loss_weight), 1)
+            of_template = np.where(np.asarray(regions) == 0, np.float32(template_weight), 1)
             for start, end in [*tools, *self._contents(positions, answers)]:
                 of_template[start:end] = 1
             weights *= of_template

@@ -43,6 +43,7 @@ _ROWS_WITH_ROLES = 1000  # in which a role that has a weight is looked for
 # What decides about the tokens, their regions and their weights in the data
 _SOURCES = (
     *("content_spans", "conversation", "data_preparation", "messages", "token_positions", "tokenization", "weights"),
+    "vision_data_collator",
 )
 
 
@@ -156,15 +157,8 @@ class DataPreparation:
         """Returns rows with the text that a `formatting_func` makes of each. It may read any column."""
         logger.warning_once(NO_PROMPT_MESSAGE)
 
-        def format_rows(rows: list[Row]) -> list[Row]:
-            texts = [formatting_func(row) for row in rows]
-            for row, text in zip(rows, texts, strict=True):
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(row)}."
-                    )
-            return [{self.args.dataset_text_field: text} for text in texts]
-
+        # Not a closure, with which all arguments of the training would be part of the key of the cache
+        format_rows = functools.partial(_format, formatting_func=formatting_func, column=self.args.dataset_text_field)
         return self.map_rows(dataset, format_rows, "Applying formatting function")
 
     def weigh_tokens(self, dataset: Dataset | IterableDataset, example: dict[str, Any]) -> Dataset | IterableDataset:
@@ -190,10 +184,11 @@ class DataPreparation:
             raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
         if not structure.role_loss_weights or isinstance(dataset, IterableDataset):
             return
-        roles = {"tools"}
+        roles: set[Any] = {"tools"}
         for row in dataset.select_columns([*columns]).take(min(_ROWS_WITH_ROLES, len(dataset))):
-            roles |= {turn.get("role", turn.get("from")) for column in columns for turn in row[column] or ()}
-        roles |= {SHAREGPT_ROLES[role] for role in roles if role in SHAREGPT_ROLES}
+            turns = [turn for name in columns if isinstance(row[name], list) for turn in row[name]]
+            found = {turn.get("role") or turn.get("from", "") for turn in turns if isinstance(turn, dict)}
+            roles |= {SHAREGPT_ROLES.get(role, role) for role in found} if "conversations" in columns else found
         if unused := structure.role_loss_weights.keys() - roles:
             logger.warning(
                 f"`role_loss_weights` names {sorted(unused)}, but the first {_ROWS_WITH_ROLES:,} rows of the "
@@ -279,6 +274,16 @@ def _name_row(function: RowFunction, rows: list[Row], indices: list[int], datase
         for row, index in zip(rows, indices, strict=True):
             _name_row(function, [row], [index], dataset_name)
         raise
+
+
+def _format(rows: list[Row], formatting_func: Callable[[Row], str], column: str) -> list[Row]:
+    texts = [formatting_func(row) for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(row)}."
+            )
+    return [{column: text} for text in texts]
 
 
 def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -> list[Row]:

@@ -20,7 +20,9 @@ class Tokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self.contents = {token: content for content, token in tokenizer.get_added_vocab().items()}
+        # Not those that are found between words alone: their text is in others too
+        added = tokenizer.added_tokens_decoder.items()
+        self.contents = {token: content.content for token, content in added if not content.single_word}
         self._is_added = np.zeros(max([*self.contents, 0]) + 2, bool)
         self._is_added[[*self.contents]] = True
         self._remembered: dict[str, list[int]] = {}
