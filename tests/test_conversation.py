@@ -516,7 +516,7 @@ def outcome(messages, *args):
 def test_what_is_remembered_of_a_template_changes_no_verdict(name, template_tokenizer):
     choose, memory = random.Random(name), TemplateMemory(template_tokenizer)
     outcomes = []
-    for _ in range(12):
+    for _ in range(8):
         messages = random_conversation(choose)
         args = (template_tokenizer, TEMPLATES[name], {"tools": TOOLS} if choose.random() < 0.3 else {})
         outcomes.append(outcome(messages, *args))

@@ -101,7 +101,7 @@ def test_second_start_reads_all_from_the_cache_whatever_the_weights(start, tmp_p
 
 
 def test_kill_while_rows_are_prepared_leaves_no_half_of_them(start, tmp_path):
-    run = start(20_000)
+    run = start(8_000)
     process = run()
     deadline = time.monotonic() + 100
     # The rows go into a file of another name until they are complete
@@ -113,7 +113,7 @@ def test_kill_while_rows_are_prepared_leaves_no_half_of_them(start, tmp_path):
     process.communicate()
     assert not cached(tmp_path)
     count, rows = result(run())
-    assert count == 20_000
+    assert count == 8_000
     assert len(cached(tmp_path)) == 1
     assert len({tuple(input_ids) for input_ids, _ in rows}) == 20
     assert all(sum(mask) > 0 for _, mask in rows)
