@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import has_generation_markers
 
-from wit_trl.conversation import Conversation, TemplateMemory, logger, training_chat_template
+from wit_trl.chat_template import training_chat_template
+from wit_trl.conversation import Conversation, TemplateMemory, logger
 from wit_trl.messages import check_messages
+from wit_trl.turn_weights import turn_weights
 
 from .conftest import CHAT_TEMPLATES, train_tokenizer
 
@@ -118,6 +120,10 @@ def render(template_tokenizer):
     return make
 
 
+def weights_of(conversation):
+    return turn_weights(conversation, conversation.tokenize()["input_ids"])
+
+
 def spans(tokenizer, input_ids, masks):
     """Returns the text of each run of masked tokens."""
     pairs = zip(input_ids, masks, strict=True)
@@ -209,14 +215,14 @@ def test_each_token_has_the_weight_of_its_message(name, render, template_tokeniz
     weighted = [{**message, "weight": weight} for message, weight in zip(CHAT, (0.5, 2, 0, None), strict=True)]
     conversation = render(name, weighted)
     input_ids = conversation.tokenize()["input_ids"]
-    weights = conversation.turn_weights().tolist()
+    weights = weights_of(conversation).tolist()
     assert len(weights) == len(input_ids)
     assert set(weights) == {0.5, 2, 0, 1}
     for weight, message in zip((0.5, 2, 0, 1), CHAT, strict=True):
         (turn,) = spans(template_tokenizer, input_ids, [w == weight for w in weights])
         assert message["content"] in turn
         assert not any(other["content"] in turn for other in CHAT if other is not message)
-    assert not len(render(name, CHAT).turn_weights())
+    assert not len(weights_of(render(name, CHAT)))
 
 
 def test_turns_are_found_where_tokens_merge_across_them(tokenizer):
@@ -233,9 +239,9 @@ def test_turns_are_found_where_tokens_merge_across_them(tokenizer):
 def test_weights_need_only_the_turns_between_which_they_change(render):
     system = {"role": "system", "content": "Be kind.", "weight": 0.5}  # cannot be rendered without the user's turn
     weighted = [system, {**CHAT[0], "weight": 0.5}, CHAT[1]]
-    assert set(render("qwen3_8_training", weighted).turn_weights().tolist()) == {0.5, 1}
+    assert set(weights_of(render("qwen3_8_training", weighted)).tolist()) == {0.5, 1}
     with pytest.raises(ValueError, match="the chat template cannot render its first 1 turns: No user"):
-        render("qwen3_8_training", [system, CHAT[0], CHAT[1]]).turn_weights()
+        weights_of(render("qwen3_8_training", [system, CHAT[0], CHAT[1]]))
 
 
 @pytest.mark.parametrize("name", ["llama3", "lfm2", "smolvlm", "qwen2_5_vl"])
@@ -303,7 +309,7 @@ def test_weight_of_a_turn_whose_end_cannot_be_told_is_refused(render):
     messages = [CALLS[0], {**CHAT[0], "weight": 0.0}, CHAT[1]]
     conversation = render("qwen3_6", messages)
     with pytest.raises(ValueError, match=r"turn 0 has another `weight` than the next one, but .* Give both the same"):
-        conversation.turn_weights()
+        weights_of(conversation)
 
 
 def test_what_is_said_beside_a_tool_call_may_be_left_out(render):
@@ -426,9 +432,9 @@ def test_weight_of_a_message_that_is_rendered_inside_the_next_is_refused(templat
     )
     messages = [{**CALLS[0], "weight": 0}, *CHAT]
     with pytest.raises(ValueError, match=r"renders turn 0 \(system\) inside the next one.* Give both the same"):
-        Conversation(messages, template_tokenizer, template, {}).turn_weights()
+        weights_of(Conversation(messages, template_tokenizer, template, {}))
     both = [messages[0], {**CHAT[0], "weight": 0}, *CHAT[1:]]
-    assert set(Conversation(both, template_tokenizer, template, {}).turn_weights().tolist()) == {0, 1}
+    assert set(weights_of(Conversation(both, template_tokenizer, template, {})).tolist()) == {0, 1}
 
 
 def test_empty_answer_without_a_generation_prompt(template_tokenizer):
@@ -507,7 +513,7 @@ def outcome(messages, *args):
     try:
         conversation = Conversation(messages, *args)
         input_ids = conversation.tokenize()["input_ids"]
-        return conversation.assistant_masks(input_ids), conversation.turn_weights(input_ids).tolist()
+        return conversation.assistant_masks(input_ids), turn_weights(conversation, input_ids).tolist()
     except ValueError as error:
         return str(error)
 

@@ -329,8 +329,32 @@ def test_text_is_no_weight(make_model, tokenizer, config_kwargs):
     with pytest.raises(ValueError, match=r"Row 0 of the train dataset: `weight` is '0\.5', but"):
         make_trainer(make_model, tokenizer, rows, config_kwargs)
     rows = [{"prompt": "a", "completion": "b", "token_weights": [0.5]}]
-    with pytest.raises(ValueError, match="has `token_weights` but no `input_ids` that they could belong to"):
+    with pytest.raises(ValueError, match=r"Row 0 .* has `token_weights` but no `input_ids` that they"):
         make_trainer(make_model, tokenizer, rows, config_kwargs)
+
+
+@pytest.mark.parametrize("format_name", ["numpy", "torch", "pandas", "arrow"])
+def test_data_in_another_format(format_name, messages, make_model, tokenizer, config_kwargs):
+    trainers = [
+        make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages.with_format(name))
+        for name in (None, format_name)
+    ]
+    plain, formatted = (trainer.train_dataset.with_format(None) for trainer in trainers)
+    assert plain.to_list() == formatted.to_list()
+
+
+def test_columns_of_trl_in_the_words_of_sharegpt(make_model, tokenizer, config_kwargs):
+    question, answer = ("human", "What?"), ("gpt", "That.")
+    rows = [
+        {"conversations": [{"from": role, "value": content} for role, content in (question, answer)]},
+        {"messages": [{"from": role, "value": content} for role, content in (question, answer)]},
+        {column: [{"from": role, "value": content}] for column, (role, content) in
+         (("prompt", question), ("completion", answer))},
+    ]  # fmt: skip
+    prepared = [make_trainer(make_model, tokenizer, [row], config_kwargs).train_dataset[0] for row in rows]
+    first, *others = ([row["input_ids"], row["completion_mask"]] for row in prepared)
+    assert others == [first, first]
+    assert "user" in tokenizer.decode(first[0])
 
 
 def test_rows_without_weight_left_are_dropped(make_model, tokenizer, config_kwargs):

@@ -186,7 +186,34 @@ def test_role_inside_the_next_turn_is_refused(prepare, tokenizer):
         prepare(ROWS["messages"], role_loss_weights={"system": 0})
 
 
-@pytest.mark.parametrize("rows", [[{"prompt": "a", "completion": "b"}], [{"input_ids": [5, 6]}], [{"text": "a b"}]])
+def test_tools_in_two_places_of_a_header(prepare, tokenizer):
+    """As in Llama 3.1 without a system message, which writes one where there are tools."""
+    tokenizer.chat_template = "{% if tools %}Env{% endif %}<|eot_id|>{% if tools %}{{ tools | tojson }}{% endif %}" + (
+        PLAIN_TEMPLATE
+    )
+    trainer, _ = prepare([{"messages": TURNS[1:3], "tools": TOOLS}], role_loss_weights={"tools": 0.25})
+    (row,) = trainer.train_dataset
+    tools = [t for t, weight in zip(row["input_ids"], row["token_weights"], strict=True) if weight == 0.25]
+    assert tokenizer.decode(tools).startswith('Env[{"')
+
+
+def test_content_of_an_answer_that_the_template_does_not_mark(prepare, tokenizer):
+    """Templates that mark the last answer alone make the earlier ones prompt, of which the contents weigh."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "{% if loop.last %}{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+    )
+    trainer, _ = prepare(ROWS["messages"][:1], chat_template_loss_weight=0)
+    assert weighted(trainer.train_dataset[0], tokenizer, 0) == [turn["content"] for turn in TURNS[:-1]]
+
+
+PACKED = {"input_ids": [5, 6], "seq_lengths": [2], "completion_mask": [0, 1], "token_weights": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"prompt": "a", "completion": "b"}], [{"input_ids": [5, 6]}], [{"text": "a b"}], [PACKED]]
+)
 def test_data_without_conversations_is_refused(rows, prepare):
     with pytest.raises(ValueError, match=r"train dataset has no messages: `role_loss_weights`, .* Leave them unset"):
         prepare(rows, completion_turns="last")

@@ -14,7 +14,7 @@ from trl.chat_template_utils import has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from wit_trl import DataCollatorForVisionLanguageWIT
-from wit_trl.conversation import training_chat_template
+from wit_trl.chat_template import training_chat_template
 
 from .vision_families import FAMILIES, make_processor
 

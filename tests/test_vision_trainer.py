@@ -15,7 +15,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from wit_trl import DataCollatorForVisionLanguageWIT, WITSFTConfig, WITSFTTrainer, cli
-from wit_trl.conversation import training_chat_template
+from wit_trl.chat_template import training_chat_template
 
 from .conftest import DOCUMENTED
 from .test_trainer_endpoints import losses_and_parameters

@@ -6,74 +6,19 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
-from trl.chat_template_utils import (
-    get_training_chat_template,
-    has_generation_markers,
-    is_chat_template_stop_token_trained,
-)
 from trl.data_utils import prepare_multimodal_messages
 
 from ._upstream import common_prefix_length, tokenize_messages
 from .content_spans import ContentSpans, Span
-from .messages import THINKING, Messages, message_texts
+from .messages import THINKING, Messages, message_texts, missing_end
 from .token_positions import TokenPositions, Tokens
-from .weights import StructureWeights
 
 
 logger = logging.get_logger(__name__)
 
 _PROBE = "\ue000"  # of private use, so that no text has it
-_NO_STRUCTURE = StructureWeights()
-
-
-def training_chat_template(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin, tools: bool = False
-) -> str | None:
-    """
-    Returns the chat template to train with: TRL's training version of the own one, where that has no
-    `{% generation %}` marks and TRL has such a version, else the own one. `None` if there is none. Of named variants,
-    the one for rows with `tools` may be another.
-    """
-    own = processing_class.chat_template
-    if isinstance(own, dict):
-        if tools and "tool_use" in own:
-            return own["tool_use"]
-        own = own.get("default")
-    if own is None or has_generation_markers(own):
-        return own
-    try:
-        return get_training_chat_template(processing_class) or own
-    except ValueError:  # TRL does not know the template
-        return own
-
-
-def chosen_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str:
-    """
-    Returns `training_chat_template`, with warnings of what it changes or leaves out. Raises `ValueError` if there is
-    none.
-    """
-    own, chat_template = processing_class.chat_template, training_chat_template(processing_class)
-    if chat_template is None:
-        raise ValueError(
-            "The data set holds conversations, but there is no chat template, or no default one. Set "
-            "`chat_template_path` to a template file or to a model that has one."
-        )
-    if chat_template != (own["default"] if isinstance(own, dict) else own):
-        logger.warning_once(
-            "The conversations are rendered with TRL's training version of the chat template, as with "
-            "`assistant_only_loss=True`, so their tokens may differ from those of the own template."
-        )
-    if has_generation_markers(chat_template) and not is_chat_template_stop_token_trained(
-        processing_class, chat_template=chat_template
-    ):
-        logger.warning_once(
-            "The chat template leaves the end-of-turn token out of the assistant's turn. It counts as prompt, so the "
-            "model may not learn to stop. Move it inside `{% generation %}` in the template."
-        )
-    return chat_template
 
 
 class TemplateMemory:
@@ -154,7 +99,8 @@ class Conversation:
         self._tokens = memory.tokens
         self._content_spans, self._turns = memory.part(self.template_kwargs)
         self._kinds = [_kind(message) for message in messages]
-        self._spans = self._content_spans.find(self.text, messages, self._kinds)
+        # The characters of each content; `None` where the template changes what messages say
+        self.spans = self._content_spans.find(self.text, messages, self._kinds)
         self._check_nothing_is_left_out()
 
     def render(self, messages: Messages, **kwargs: Any) -> str:
@@ -185,140 +131,25 @@ class Conversation:
         for all others.
         """
         masks = [0] * len(input_ids)
-        positions = self._positions(input_ids)
-        for turn in self._answers()[-1:] if only_last else self._answers():
-            start, end = self._answer(turn, positions)
+        positions = self.positions(input_ids)
+        for turn in self.answers()[-1:] if only_last else self.answers():
+            start, end = self.answer(turn, positions)
             masks[start:end] = [1] * (end - start)
         return masks
 
     def keep_last_answer(self, masks: list[int], input_ids: list[int]) -> list[int]:
         """Returns the masks with 0 outside of the last answer. Raises `ValueError` if it cannot be told from others."""
-        turn, positions = self._answers()[-1], self._positions(input_ids)
-        start, end = positions.at(self._start_of_turn(turn), turn), self._end_of_turn(turn, positions)
+        turn, positions = self.answers()[-1], self.positions(input_ids)
+        start, end = positions.at(self.start_of_turn(turn), turn), self.end_of_turn(turn, positions)
         return [mask if start <= position < end else 0 for position, mask in enumerate(masks)]
-
-    def turn_weights(
-        self,
-        input_ids: list[int] | None = None,
-        structure: StructureWeights = _NO_STRUCTURE,
-        regions: list[int] | None = None,
-        first_answer: int = 0,
-    ) -> np.ndarray:
-        """
-        Returns for each token the `"weight"` of the message that adds it times the weight of its role, and for what the
-        template writes itself in the prompt its weight; nothing if all of them are 1. What precedes the first message
-        belongs to it. `regions` tells the prompt (0), of which the assistant's turns from `first_answer` on, or of
-        these the last, are no part.
-
-        Raises:
-            `ValueError`: it cannot be told where a turn ends whose weight is not that of the next one, or what the
-            template writes.
-        """
-        of_messages = [1.0 if message.get("weight") is None else message["weight"] for message in self.messages]
-        of_roles = [structure.role_loss_weights.get(message["role"], 1.0) for message in self.messages]
-        has_tools = bool(self.template_kwargs["tools"])
-        of_tools = structure.role_loss_weights.get("tools", 1.0) if has_tools else 1.0
-        if {*of_messages, *of_roles, of_tools, structure.chat_template_loss_weight} == {1}:
-            return np.zeros(0, np.float32)
-        if input_ids is None:
-            input_ids = self.tokenize()["input_ids"]
-        positions = self._positions(input_ids)
-        weights = self._spread(of_roles, "role weight", positions)
-        template_weight = structure.chat_template_loss_weight
-        tools = self._tools(positions) if has_tools and (structure.role_loss_weights or template_weight != 1) else []
-        for start, end in tools:
-            weights[start:end] = of_tools
-        weights *= self._spread(of_messages, "`weight`", positions)
-        if template_weight != 1:
-            answers = [turn for turn in self._answers() if turn >= first_answer]
-            if structure.completion_turns == "last":
-                answers = answers[-1:]
-            of_template = np.where(np.asarray(regions) == 0, np.float32(template_weight), 1)
-            for start, end in [*tools, *self._contents(positions, answers)]:
-                of_template[start:end] = 1
-            weights *= of_template
-        return weights
-
-    def _spread(self, of_turns: list[float], name: str, positions: TokenPositions) -> np.ndarray:
-        """Returns the weight of each token from those of the turns."""
-        weights = np.full(positions.count, of_turns[-1], np.float32)
-        start = 0
-        for turn, (weight, following) in enumerate(itertools.pairwise(of_turns)):
-            if weight != following:  # else it does not matter which of the two a token belongs to
-                try:
-                    character, end = self._start_of_turn(turn + 1), self._end_of_turn(turn, positions)
-                except ValueError as error:
-                    raise ValueError(
-                        f"turn {turn} has another {name} than the next one, but where it ends cannot be told. Give "
-                        f"both the same. The reason: {error}"
-                    ) from error
-                if self._is_inside_the_next(turn, character):
-                    raise ValueError(
-                        f"the chat template renders turn {turn} ({self.messages[turn]['role']}) inside the next one, "
-                        f"so it cannot have a {name} of its own. Give both the same."
-                    )
-                weights[start:end] = weight
-                start = end
-        return weights
-
-    def _is_inside_the_next(self, turn: int, start_of_next: int) -> bool:
-        if self._spans is not None:
-            return start_of_next < self._spans[turn][1]
-        return _missing_end(message_texts(self.messages[turn]), self.text[:start_of_next]) is not None
-
-    def _contents(self, positions: TokenPositions, answers: list[int]) -> list[Span]:
-        """Returns the tokens of all messages but for what the template writes around them. `answers` are whole."""
-        if self._spans is None:
-            raise ValueError(
-                "the chat template changes what messages say, so what it writes itself cannot be told. Choose another "
-                "template (`chat_template_path`), or set `chat_template_loss_weight=1`."
-            )
-        contents = []
-        for turn, message in enumerate(self.messages):
-            if turn in answers:  # it is no prompt
-                continue
-            if message["role"] == "assistant":
-                contents.append(self._answer(turn, positions))
-            elif self._spans[turn][1]:
-                start, end = self._spans[turn]
-                contents.append((positions.at(start, turn + 1), positions.past(end, turn + 1)))
-        return contents
-
-    def _tools(self, positions: TokenPositions) -> list[Span]:
-        """Returns the tokens that the template writes because of the `tools`."""
-        row = {"chat_template_kwargs": {**self.template_kwargs, "tools": None}}
-        without = Conversation(self.messages, self._processing_class, None, row, self._memory)
-        if self._spans is None or without._spans is None:
-            raise ValueError(
-                "the chat template changes what messages say, so where it writes the `tools` cannot be told. Choose "
-                "another template (`chat_template_path`), or leave `role_loss_weights` and "
-                "`chat_template_loss_weight` unset."
-            )
-        found = []
-        gaps, gaps_without = (
-            _gaps(spans, text) for spans, text in ((self._spans, self.text), (without._spans, without.text))
-        )
-        for (start, end), (start_without, end_without) in zip(gaps, gaps_without, strict=True):
-            longer, shorter = self.text[start:end], without.text[start_without:end_without]
-            suffix = common_prefix_length([*longer[::-1]], [*shorter[::-1]])
-            prefix = len(shorter) - suffix
-            if longer[:prefix] != shorter[:prefix]:
-                raise ValueError(
-                    "the chat template writes other things too where there are `tools`, so they have no weight of "
-                    "their own. Choose another template (`chat_template_path`), or leave `role_loss_weights` and "
-                    "`chat_template_loss_weight` unset."
-                )
-            if len(longer) > len(shorter):
-                found.append((positions.at(start + prefix, 0), positions.at(end - suffix, 0)))
-        return found
 
     def _check_nothing_is_left_out(self) -> None:
         """A template may print nothing of what it does not know, and Python's form of a list, without an error."""
-        if self._spans is None:
+        if self.spans is None:
             self._probe_contents()
         for turn, message in enumerate(self.messages):
             thinking = [text for key in THINKING if isinstance(text := message.get(key), str)]
-            if turn == len(self.messages) - 1 and _missing_end(thinking, self.text) is not None:
+            if turn == len(self.messages) - 1 and missing_end(thinking, self.text) is not None:
                 logger.warning_once(
                     "The chat template leaves out what an assistant thinks before its last answer: it is not trained."
                 )
@@ -340,7 +171,7 @@ class Conversation:
 
     def _probe_contents(self) -> None:
         try:
-            self._spans, missing, written = self._content_spans.probe(self.text, self.messages, self.render)
+            self.spans, missing, written = self._content_spans.probe(self.text, self.messages, self.render)
         except ValueError:  # it takes no such content
             missing, written = {*range(len(self.messages))}, []
         for turn in sorted(missing):
@@ -352,12 +183,12 @@ class Conversation:
                 "the chat template prints a `content` of several parts as it stands. Make every `content` a text, or "
                 "choose another template (`chat_template_path`)."
             )
-        if self._spans is not None:
+        if self.spans is not None:
             self._content_spans.remember(self.messages, self._kinds, written)
 
     def _check_is_rendered(self, turn: int, texts: list[str]) -> None:
         message = self.messages[turn]
-        left_out = _missing_end(texts, self.text)
+        left_out = missing_end(texts, self.text)
         # Some templates (gpt-oss) leave out what is said beside a tool call
         if left_out is not None and not message.get("tool_calls"):
             raise ValueError(
@@ -365,6 +196,11 @@ class Conversation:
                 "a template that renders all of the conversation (`chat_template_path`), name the role as the "
                 "template does, or take the turn out of the data."
             )
+
+    def without_tools(self) -> "Conversation":
+        """Returns the conversation as it is rendered without `tools`."""
+        row = {"chat_template_kwargs": {**self.template_kwargs, "tools": None}}
+        return Conversation(self.messages, self._processing_class, None, row, self._memory)
 
     def _renders_the_same(self, messages: Messages, **kwargs: Any) -> bool:
         try:
@@ -380,28 +216,29 @@ class Conversation:
         if not self.text.startswith(rendered):
             self.text_before(number_of_turns)
 
-    def _answers(self) -> list[int]:
+    def answers(self) -> list[int]:
+        """Returns the turns of the assistant."""
         return [turn for turn, message in enumerate(self.messages) if message["role"] == "assistant"]
 
-    def _answer(self, turn: int, positions: TokenPositions) -> Span:
+    def answer(self, turn: int, positions: TokenPositions) -> Span:
         """Returns the tokens of an answer, with its end-of-turn tokens."""
-        return positions.at(self._start_of_answer(turn), turn), self._end_of_turn(turn, positions)
+        return positions.at(self._start_of_answer(turn), turn), self.end_of_turn(turn, positions)
 
     def _turn(self, turn: int) -> "_Turn":
         """Returns what is remembered of the beginning of such a turn, where contents are found."""
-        if self._spans is None:
+        if self.spans is None:
             return _Turn()
         is_last = turn == len(self.messages) - 1
         key = (*self._kinds[max(turn - 1, 0) : turn + 1], turn < 2, is_last, *self._around[turn])
         return self._turns.setdefault(key, _Turn())
 
-    def _start_of_turn(self, turn: int) -> int:
+    def start_of_turn(self, turn: int) -> int:
         """Returns its first character. Raises `ValueError` as `text_before` does."""
         if turn in (0, len(self.messages)):
             return len(self.text) if turn else 0
         known = self._turn(turn)
-        _, end = self._spans[turn - 1] if self._spans else (0, 0)
-        start, has_content = self._spans[turn] if self._spans else (0, 0)
+        _, end = self.spans[turn - 1] if self.spans else (0, 0)
+        start, has_content = self.spans[turn] if self.spans else (0, 0)
         found = set()
         if end and known.tail is not None and self.text.startswith(known.tail, end):
             found.add(end + len(known.tail))
@@ -417,7 +254,7 @@ class Conversation:
         return character
 
     def _start_of_answer(self, turn: int) -> int:
-        before, known = self._start_of_turn(turn), self._turn(turn)
+        before, known = self.start_of_turn(turn), self._turn(turn)
         if known.opening is not None and self.text.startswith(known.opening, before):
             return before + len(known.opening)
         turns = self.messages[:turn]
@@ -442,7 +279,7 @@ class Conversation:
             return ""
         text = self.render(self.messages[:turn])
         # Some templates end every rendering with the EOS token (Phi-3), or the last turn (gpt-oss)
-        before = text.removesuffix(self._tokenizer.eos_token or "")
+        before = text.removesuffix(self._tokens.tokenizer.eos_token or "")
         if not self.text.startswith(before):
             raise ValueError(
                 f"the chat template renders turn {turn - 1} ({self.messages[turn - 1]['role']}) differently when other "
@@ -452,9 +289,9 @@ class Conversation:
             )
         return text if self.text.startswith(text) else before
 
-    def _end_of_turn(self, turn: int, positions: TokenPositions) -> int:
+    def end_of_turn(self, turn: int, positions: TokenPositions) -> int:
         """Returns the token after it. One that merges its end with the next turn belongs to the next."""
-        end = positions.at(self._start_of_turn(turn + 1), turn + 1)
+        end = positions.at(self.start_of_turn(turn + 1), turn + 1)
         # An answer may end in a special token that follows it, as it has no end-of-turn token itself
         is_answer = self.messages[turn]["role"] == "assistant"
         return end + (is_answer and positions.is_added(end) and self._ends_in_next(turn))
@@ -464,7 +301,7 @@ class Conversation:
         if known.ends_in_next is None:
             answer = self.render([*self.messages[:turn], self._plain_answer(turn)])
             if not self.text.startswith(self.render(self.messages[: turn + 1])):  # it ends in the EOS token, as above
-                answer = answer.removesuffix(self._tokenizer.eos_token or "")
+                answer = answer.removesuffix(self._tokens.tokenizer.eos_token or "")
             known.ends_in_next = answer.rstrip().endswith(_PROBE)
         return known.ends_in_next
 
@@ -473,7 +310,7 @@ class Conversation:
         in_parts = isinstance(self.messages[turn].get("content"), list)
         return {"role": "assistant", "content": [{"type": "text", "text": _PROBE}] if in_parts else _PROBE}
 
-    def _positions(self, input_ids: list[int]) -> TokenPositions:
+    def positions(self, input_ids: list[int]) -> TokenPositions:
         return TokenPositions(self.text, input_ids, self._tokens, self._tokenize_beginning)
 
     def _tokenize_beginning(self, character: int, turns: int) -> list[int]:
@@ -485,7 +322,7 @@ class Conversation:
         images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
         kwargs = {key: value for key, value in self.template_kwargs.items() if key == "return_tensors"}
         kwargs |= self.template_kwargs.get("processor_kwargs", {})
-        if text.startswith(self._tokenizer.bos_token or "\0"):
+        if text.startswith(self._tokens.tokenizer.bos_token or "\0"):
             kwargs["add_special_tokens"] = False
         input_ids = self._processing_class(text=[text], images=[images] if images else None, **kwargs)["input_ids"]
         return [int(token) for token in input_ids[0]]
@@ -503,12 +340,6 @@ class Conversation:
         )
         return [*zip(before[:-1], after[:0:-1], strict=True)]
 
-    @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if isinstance(self._processing_class, ProcessorMixin):
-            return self._processing_class.tokenizer
-        return self._processing_class
-
 
 def _kind(message: dict[str, Any]) -> tuple:
     """Returns what of a message decides about what a template writes around it."""
@@ -522,20 +353,3 @@ def _kind(message: dict[str, Any]) -> tuple:
         shape,
         *sorted(k for k, v in message.items() if v and k not in ("role", "content", "weight")),
     )
-
-
-def _gaps(spans: list[Span], text: str) -> list[Span]:
-    """Returns what is before, between and after the contents."""
-    contents = [span for span in spans if span[1]]
-    return [*zip([0, *(end for _, end in contents)], [*(start for start, _ in contents), len(text)], strict=True)]
-
-
-def _missing_end(texts: list[str], rendered: str) -> str | None:
-    """Returns the end of the first text that is not rendered. Templates change whitespace, and leave out thinking."""
-    squeezed = ""
-    for text in texts:
-        end = text.rpartition("</think>")[2].strip()[-20:]
-        squeezed = squeezed or "".join(rendered.split())
-        if "".join(end.split()) not in squeezed:
-            return end
-    return None

@@ -14,8 +14,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ._upstream import global_then_local_main_first
+from .chat_template import chosen_chat_template, training_chat_template
 from .config import WITSFTConfig
-from .conversation import chosen_chat_template, training_chat_template
 from .report import LENGTH_COLUMNS
 from .schemas import remedy_for
 from .tokenization import SHAREGPT_ROLES, Row, RowTokenizer
@@ -42,8 +42,8 @@ _BATCH_SIZE = 100  # rows that are tokenized together
 _ROWS_WITH_ROLES = 1000  # in which a role that has a weight is looked for
 # What decides about the tokens, their regions and their weights in the data
 _SOURCES = (
-    *("content_spans", "conversation", "data_preparation", "messages", "token_positions", "tokenization", "weights"),
-    "vision_data_collator",
+    *("_upstream", "chat_template", "content_spans", "conversation", "data_preparation", "messages"),
+    *("token_positions", "tokenization", "turn_weights", "vision_data_collator", "weights"),
 )
 
 
@@ -95,7 +95,7 @@ class DataPreparation:
                 "prepared. Apply it with `map`; or return tokenized rows from it and pass "
                 "`dataset_kwargs={'skip_prepare_dataset': True}`."
             )
-        example = next(iter(dataset), None)
+        example = next(iter(dataset.with_format(None)), None)
         if example is None:
             raise ValueError(f"The {self.dataset_name} dataset is empty. Check the file, the split and any filter.")
         return example
@@ -118,11 +118,6 @@ class DataPreparation:
                 f"The {self.dataset_name} dataset has images, which the train dataset has not, so they would be "
                 "ignored. Remove the column, or evaluate with images apart."
             )
-        if "token_weights" in columns:
-            raise ValueError(
-                f"The {self.dataset_name} dataset has `token_weights` but no `input_ids` that they could belong to. "
-                "Tokenize it, or weigh rows or messages with `weight`."
-            )
         templates: dict[str, Any] = {"structure": self.args.structure_weights}
         if {"prompt", "completion"} <= columns:
             texts: tuple[str, ...] = ("prompt", "completion")
@@ -144,7 +139,7 @@ class DataPreparation:
                 f"{remedy_for(columns)} `wit_trl.to_trl_format` converts Alpaca, Dolly and WIT data, and "
                 "`formatting_func` makes text of any columns."
             )
-        self._check_structure_weights(dataset, texts if of_messages else ())
+        self.check_structure_weights(dataset, texts if of_messages else ())
         self._warn_of_ignored_weights(columns)
         tokenizer = RowTokenizer(processing_class, texts, of_messages, **templates)
         function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
@@ -166,7 +161,7 @@ class DataPreparation:
         Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
         """
-        self._check_structure_weights(dataset, ())
+        self.check_structure_weights(dataset)
         self._warn_of_ignored_weights({*example})
         if {*MASK_COLUMNS}.isdisjoint(example):
             logger.warning_once(
@@ -177,18 +172,18 @@ class DataPreparation:
         function = functools.partial(_weigh_tokens, kept=self._kept())
         return self.map_rows(dataset, function, "Finding completions", unused)
 
-    def _check_structure_weights(self, dataset: Dataset | IterableDataset, columns: tuple[str, ...]) -> None:
+    def check_structure_weights(self, dataset: Dataset | IterableDataset, columns: tuple[str, ...] = ()) -> None:
         """Refuses weights of roles and templates where these columns hold no conversations, and tells unused roles."""
         structure = self.args.structure_weights
         if structure != StructureWeights() and not columns:
             raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
         if not structure.role_loss_weights or isinstance(dataset, IterableDataset):
             return
-        roles: set[Any] = {"tools"}
+        roles = {"tools"}
         for row in dataset.select_columns([*columns]).take(min(_ROWS_WITH_ROLES, len(dataset))):
             turns = [turn for name in columns if isinstance(row[name], list) for turn in row[name]]
             found = {turn.get("role") or turn.get("from", "") for turn in turns if isinstance(turn, dict)}
-            roles |= {SHAREGPT_ROLES.get(role, role) for role in found} if "conversations" in columns else found
+            roles |= {SHAREGPT_ROLES.get(role, role) for role in found}
         if unused := structure.role_loss_weights.keys() - roles:
             logger.warning(
                 f"`role_loss_weights` names {sorted(unused)}, but the first {_ROWS_WITH_ROLES:,} rows of the "
@@ -237,7 +232,8 @@ class DataPreparation:
         if not is_stream:
             options |= {"batched": True, "batch_size": _BATCH_SIZE}
         with global_then_local_main_first():
-            return dataset.map(call, **options, **self.map_kwargs(dataset, desc))
+            # Not in a format of torch or pandas, in which messages are something else
+            return dataset.with_format(None).map(call, **options, **self.map_kwargs(dataset, desc))
 
 
 @functools.cache
@@ -289,6 +285,11 @@ def _format(rows: list[Row], formatting_func: Callable[[Row], str], column: str)
 def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -> list[Row]:
     made = []
     for row, tokens in zip(rows, tokenizer(rows), strict=True):
+        if row.get("token_weights") is not None:
+            raise ValueError(
+                "it has `token_weights` but no `input_ids` that they could belong to. Tokenize the data set, or weigh "
+                "rows or messages with `weight`."
+            )
         input_ids = tokens["input_ids"]
         weights = np.full(len(input_ids), check_weight(row.get("weight"), "`weight`"), np.float32)
         if len(tokens["turn_weights"]):

@@ -64,3 +64,14 @@ def message_texts(message: dict[str, Any]) -> list[str]:
     """Returns the content of a message, or the texts among its parts."""
     content = message.get("content") or ""
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def missing_end(texts: list[str], rendered: str) -> str | None:
+    """Returns the end of the first text that is not rendered. Templates change whitespace, and leave out thinking."""
+    squeezed = ""
+    for text in texts:
+        end = text.rpartition("</think>")[2].strip()[-20:]
+        squeezed = squeezed or "".join(rendered.split())
+        if "".join(end.split()) not in squeezed:
+            return end
+    return None

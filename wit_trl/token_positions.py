@@ -19,7 +19,7 @@ class Tokens:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         # Not those that are found between words alone: their text is in others too
         added = tokenizer.added_tokens_decoder.items()
         self.contents = {token: content.content for token, content in added if not content.single_word}
@@ -35,7 +35,7 @@ class Tokens:
         """Returns the tokens of a text, without those that a tokenizer puts around any."""
         tokens = self._remembered.get(text)
         if tokens is None:
-            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(text) <= _LONGEST_REMEMBERED:
                 self._remembered[text] = tokens
         return tokens

@@ -14,6 +14,7 @@ from trl.data_utils import maybe_convert_to_chatml
 from ._upstream import common_prefix_length, tokenize_messages
 from .conversation import Conversation, TemplateMemory
 from .messages import Messages, check_answer, check_messages, check_unicode
+from .turn_weights import turn_weights
 from .weights import StructureWeights
 
 
@@ -81,7 +82,7 @@ class RowTokenizer:
         for row in rows:
             for column in self.columns:
                 _check_text(row, column)
-        eos_token = self._tokenizer.eos_token or ""
+        eos_token = self._memory.tokens.tokenizer.eos_token or ""
         texts = ["".join(row[column] for column in self.columns) for row in rows]
         # As TRL, which looks at the end of the completion alone
         ends = [eos_token if not row[self.columns[-1]].endswith(eos_token) else "" for row in rows]
@@ -108,13 +109,13 @@ class RowTokenizer:
                 if 1 not in masks:
                     raise ValueError(_NO_MARK_MESSAGE)
                 tokenized.append(
-                    _tokenized(input_ids, masks, conversation.turn_weights(input_ids, self.structure, masks))
+                    _tokenized(input_ids, masks, turn_weights(conversation, input_ids, self.structure, masks))
                 )
         return tokenized
 
     def _conversation(self, row: Row) -> Conversation:
         (column,) = self.columns
-        messages = _chatml(row) if column == "conversations" else check_messages(row.get(column), column)
+        messages = _messages(row, column)
         check_answer(messages, column)
         template = self.tool_template if row.get("tools") and self.tool_template else self.chat_template
         return Conversation(messages, self.processing_class, template, row, self._memory)
@@ -122,7 +123,7 @@ class RowTokenizer:
     def _tokenize_pairs(self, rows: list[Row]) -> list[Row]:
         conversations, prompts, texts = [], [], []
         for row in rows:
-            prompt, completion = (check_messages(row.get(name), name) for name in self.columns)
+            prompt, completion = (_messages(row, name) for name in self.columns)
             check_answer(completion, "completion")
             conversation = Conversation(
                 prompt + completion, self.processing_class, self.chat_template, row, self._memory
@@ -152,7 +153,7 @@ class RowTokenizer:
                 regions = [*map(min, regions, tokens["assistant_masks"])]
             if self.structure.completion_turns == "last" and len(prompt) < len(conversation.messages) - 1:
                 regions = [*map(min, regions, conversation.assistant_masks(input_ids, only_last=True))]
-            weights = conversation.turn_weights(input_ids, self.structure, regions, len(prompt))
+            weights = turn_weights(conversation, input_ids, self.structure, regions, len(prompt))
             tokenized.append(_tokenized(input_ids, regions, weights))
         return tokenized
 
@@ -198,12 +199,6 @@ class RowTokenizer:
             )
         return [0] * length + [1] * (len(input_ids) - length)
 
-    @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if isinstance(self.processing_class, ProcessorMixin):
-            return self.processing_class.tokenizer
-        return self.processing_class
-
 
 def _is_marked(conversation: Conversation) -> bool:
     return has_generation_markers(conversation.template_kwargs["chat_template"])
@@ -213,13 +208,17 @@ def _tokenized(input_ids: list[int], regions: list[int], turn_weights: np.ndarra
     return {"input_ids": input_ids, "completion_mask": regions, "turn_weights": turn_weights}
 
 
-def _chatml(row: Row) -> Messages:
-    """ShareGPT calls the user `human` and the assistant `gpt`, which chat templates do not know."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"`conversations` must be a list of turns, but is {turns!r}.")
-    messages = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
-    check_messages(messages, "conversations")
+def _messages(row: Row, column: str) -> Messages:
+    """
+    Returns the messages of a column. ShareGPT calls role and content `from` and `value`, the user `human` and the
+    assistant `gpt`, which chat templates do not know.
+    """
+    turns = row.get(column)
+    has_turns = isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
+    if not has_turns and column != "conversations":
+        return check_messages(turns, column)
+    converted = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
+    messages = check_messages(converted, column)
     return [{**m, "role": SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]
 
 

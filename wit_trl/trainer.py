@@ -134,8 +134,9 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         is_train = dataset is self._unprepared
         preparation = DataPreparation(args, packing, dataset_name)
         example = preparation.first_row(dataset)
-        if {"seq_lengths", "completion_mask"} <= example.keys():
-            return dataset  # packed already
+        if {"seq_lengths", "completion_mask"} <= example.keys():  # packed already
+            preparation.check_structure_weights(dataset)
+            return dataset
         if "input_ids" in example:
             dataset = preparation.weigh_tokens(dataset, example)
         else:

@@ -19,8 +19,10 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ._upstream import record_replacements
-from .conversation import Conversation, chosen_chat_template
+from .chat_template import chosen_chat_template
+from .conversation import Conversation
 from .messages import check_answer, check_messages
+from .turn_weights import turn_weights
 from .weights import NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight, set_targets
 
 
@@ -195,11 +197,10 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 elif only_last and columns == ["messages"]:
                     kept = conversation.keep_last_answer(region[position, :length].tolist(), input_ids)
                     region[position, :length] = torch.tensor(kept)
-                turn_weights = conversation.turn_weights(
-                    input_ids, structure, region[position, :length].tolist(), len(prompt)
-                )
-                if len(turn_weights):
-                    data_weights[position, :length] *= torch.from_numpy(turn_weights)
+                regions = region[position, :length].tolist()
+                of_turns = turn_weights(conversation, input_ids, structure, regions, len(prompt))
+                if len(of_turns):
+                    data_weights[position, :length] *= torch.from_numpy(of_turns)
                 weights = {(turn.get("weight"), structure.role_loss_weights.get(turn["role"])) for turn in completion}
                 if len(weights) > 1 or (only_last and len(completion) > 1):
                     _check_same_tokens(conversation, input_ids)

@@ -1,0 +1,59 @@
+"""Which chat template conversations are rendered with."""
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+def training_chat_template(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, tools: bool = False
+) -> str | None:
+    """
+    Returns the chat template to train with: TRL's training version of the own one, where that has no
+    `{% generation %}` marks and TRL has such a version, else the own one. `None` if there is none. Of named variants,
+    the one for rows with `tools` may be another.
+    """
+    own = processing_class.chat_template
+    if isinstance(own, dict):
+        if tools and "tool_use" in own:
+            return own["tool_use"]
+        own = own.get("default")
+    if own is None or has_generation_markers(own):
+        return own
+    try:
+        return get_training_chat_template(processing_class) or own
+    except ValueError:  # TRL does not know the template
+        return own
+
+
+def chosen_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str:
+    """
+    Returns `training_chat_template`, with warnings of what it changes or leaves out. Raises `ValueError` if there is
+    none.
+    """
+    own, chat_template = processing_class.chat_template, training_chat_template(processing_class)
+    if chat_template is None:
+        raise ValueError(
+            "The data set holds conversations, but there is no chat template, or no default one. Set "
+            "`chat_template_path` to a template file or to a model that has one."
+        )
+    if chat_template != (own["default"] if isinstance(own, dict) else own):
+        logger.warning_once(
+            "The conversations are rendered with TRL's training version of the chat template, as with "
+            "`assistant_only_loss=True`, so their tokens may differ from those of the own template."
+        )
+    if has_generation_markers(chat_template) and not is_chat_template_stop_token_trained(
+        processing_class, chat_template=chat_template
+    ):
+        logger.warning_once(
+            "The chat template leaves the end-of-turn token out of the assistant's turn. It counts as prompt, so the "
+            "model may not learn to stop. Move it inside `{% generation %}` in the template."
+        )
+    return chat_template
