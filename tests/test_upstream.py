@@ -41,12 +41,12 @@ TABLE = {
     "trl.data_utils:_tokenize": (
         "processing_class, input, apply_chat_template_kwargs",
         {"5fc8cbcb4cac"},
-        "conversation: the tokens of TRL",
+        "conversation, tokenization: the tokens of TRL",
     ),
     "trl.data_utils:common_prefix_length": (
         "ids, other_ids",
         {"34e85554d52b"},
-        "conversation: where TRL lets the completion begin",
+        "conversation, tokenization: where TRL lets the completion begin",
     ),
     "trl.data_utils:get_dataset_column_names": (
         "dataset",

@@ -1,9 +1,9 @@
 """
-Trains and evaluates with TRL's Triton kernel, which GPUs run, in Triton's interpreter, and with the kernel for CPUs:
+Trains and evaluates with the Triton kernels, TRL's and ours, in Triton's interpreter, and with the kernel for CPUs:
 
     TRITON_INTERPRET=1 python -m tests.triton_worker FOLDER
 
-Prints the logs of both as JSON. `TRITON_INTERPRET` has to be set before the first import of Triton.
+Prints the logs of all as JSON. `TRITON_INTERPRET` has to be set before the first import of Triton.
 """
 
 import json
@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import wit_trl.lm_head
-import wit_trl.loss
 from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl.kernels import one_pass
 
 from .distributed.worker import make_model, make_rows
 
@@ -28,6 +28,7 @@ MODES = {
     "padding_free": {"padding_free": True},
     "packed": {"packing": True, "max_length": 64, "eval_packing": True},
     "completion_only": {"prompt_loss_weight": 0.0, "completion_loss_weight": 1.0},
+    "dft": {"loss_type": "dft"},
 }
 # Liger's kernels for layers, of which the interpreter runs this one alone
 LIGER = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False}}
@@ -70,8 +71,8 @@ def run(folder, options, num_rows=6):
 
 
 def use_triton_everywhere():
-    """What a GPU has, on the CPU: TRL's kernel, called with the labelled rows alone."""
-    wit_trl.loss._ONE_PASS_DEVICES = ()
+    """What a GPU has, on the CPU: kernels in Triton, called with the labelled rows alone."""
+    one_pass._TRITON_DEVICES = ("cpu",)
     del (
         trl.kernels.chunked_logprob._forward_tile,
         trl.kernels.chunked_logprob._backward_tile,
@@ -89,5 +90,9 @@ if __name__ == "__main__":
     results = {"one_pass": {mode: run(sys.argv[1], options) for mode, options in MODES.items()}}
     results["without_liger"], results["liger"] = (run(sys.argv[1], options, num_rows=1) for options in ({}, LIGER))
     use_triton_everywhere()
-    results["triton"] = {mode: run(sys.argv[1], options) for mode, options in MODES.items()}
+    for kernel in ("trl", "rows"):
+        fused_head = "trl" if kernel == "trl" else "one_pass"
+        results[kernel] = {
+            mode: run(sys.argv[1], {**options, "fused_head": fused_head}) for mode, options in MODES.items()
+        }
     print(json.dumps(results))

@@ -9,20 +9,20 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ._upstream import TRAINER_STATE_NAME, sort_checkpoints
-from .config import WITSFTConfig
+from .config import LOSS_SETTINGS, WITSFTConfig
 
 
 logger = get_logger(__name__)
 
 
 class LossWeightsCallback(TrainerCallback, ExportableState):
-    """Writes the weights of prompt and completion to the state of each checkpoint."""
+    """Writes the weights, and what else decides about the loss, to the state of each checkpoint."""
 
     def __init__(self):
-        self.weights: dict[str, float] = {}
+        self.weights: dict[str, Any] = {}
 
     def on_train_begin(self, args: WITSFTConfig, *_: Any, **kwargs: Any) -> None:
-        self.weights = {name: getattr(args, name) for name in ("prompt_loss_weight", "completion_loss_weight")}
+        self.weights = {name: getattr(args, name) for name in LOSS_SETTINGS}
 
     def state(self) -> dict[str, dict]:
         """Returns what a checkpoint keeps."""

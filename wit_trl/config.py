@@ -1,4 +1,4 @@
-"""`WITSFTConfig`: the two weights, and what contradicts them."""
+"""`WITSFTConfig`: the weights and the form of the loss, and what contradicts them."""
 
 import dataclasses
 import math
@@ -18,6 +18,11 @@ from .vision_data_collator import DataCollatorForVisionLanguageWIT
 from .weights import StructureWeights
 
 
+# What decides about the loss of a row, besides the data
+LOSS_SETTINGS = (
+    *("prompt_loss_weight", "completion_loss_weight", "role_loss_weights", "chat_template_loss_weight"),
+    *("completion_turns", "loss_type", "loss_divisor"),
+)
 _COLUMNS_OF_OTHER_TYPES = ("prompt", "completion", "messages", "conversations", "input_ids")
 
 
@@ -44,6 +49,16 @@ class WITSFTConfig(SFTConfig):
             Instruction Modelling does ([paper](https://huggingface.co/papers/2405.14394)).
         completion_turns (`str`, *optional*, defaults to `"all"`):
             Which of the assistant's turns are completion: `"all"`, or `"last"`, before which all is prompt.
+        loss_type (`str`, *optional*, defaults to `"nll"`):
+            Factor for the loss of each token in training: none (`"nll"`, or `"wit"`, another name of it), or its own
+            probability, without gradient (`"dft"`, Dynamic Fine-Tuning,
+            [paper](https://huggingface.co/papers/2508.05629)). Other factors: [`WITSFTTrainer.token_factors`].
+        loss_divisor (`str`, *optional*, defaults to `"count"`):
+            What the weighted sum is divided by: the number of tokens whose weight is not zero (`"count"`, that of the
+            paper), or the sum of the weights of all tokens (`"weights"`, a weighted mean).
+        fused_head (`str`, *optional*, defaults to `"auto"`):
+            What computes the loss of the LM head: the kernel of this package (`"one_pass"`), TRL's (`"trl"`), or the
+            first on a CPU and the second elsewhere (`"auto"`).
         print_weight_report (`bool`, *optional*, defaults to `True`):
             Whether training starts with a table of what is weighted, and with warnings of what is odd in it.
 
@@ -54,9 +69,9 @@ class WITSFTConfig(SFTConfig):
 
     Raises:
         `ValueError`: a weight is negative or not finite; both are zero; `completion_only_loss` contradicts them (`True`
-        needs a prompt weight of 0, `False` two equal weights); `loss_type` is not `"nll"`; `label_smoothing_factor` is
-        not 0; `dataset_text_field` is a column that makes another type of data set; several processes were launched
-        without a device for each.
+        needs a prompt weight of 0, `False` two equal weights); a choice is none of those above;
+        `label_smoothing_factor` is not 0; `dataset_text_field` is a column that makes another type of data set; several
+        processes were launched without a device for each.
     """
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "role_loss_weights"]
@@ -81,6 +96,30 @@ class WITSFTConfig(SFTConfig):
         default="all",
         metadata={"help": "Which turns of the assistant are completion.", "choices": ["all", "last"]},
     )
+    loss_type: str = field(
+        default="nll",
+        metadata={
+            "help": "Factor for the loss of each token in training: none (nll, or wit, another name of it), or its own "
+            "probability (dft, Dynamic Fine-Tuning, https://huggingface.co/papers/2508.05629).",
+            "choices": ["nll", "wit", "dft"],
+        },
+    )
+    loss_divisor: str = field(
+        default="count",
+        metadata={
+            "help": "What the weighted sum is divided by: the number of tokens whose weight is not zero (the paper's), "
+            "or the sum of the weights.",
+            "choices": ["count", "weights"],
+        },
+    )
+    fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes the loss of the LM head: the kernel of this package (one_pass), TRL's (trl), or the "
+            "first on a CPU and the second elsewhere (auto).",
+            "choices": ["auto", "one_pass", "trl"],
+        },
+    )
     print_weight_report: bool = field(
         default=True,
         metadata={"help": "Whether training starts with a table of what is weighted, and warnings of what is odd."},
@@ -103,8 +142,12 @@ class WITSFTConfig(SFTConfig):
             raise ValueError(f"`role_loss_weights` is {roles!r}, but must be a dict of roles with their weights.")
         roles = {role: _check_loss_weight(weight, f"`role_loss_weights[{role!r}]`") for role, weight in roles.items()}
         self.role_loss_weights = roles or None
-        if self.completion_turns not in ("all", "last"):
-            raise ValueError(f"`completion_turns` is {self.completion_turns!r}, but must be 'all' or 'last'.")
+        for name in ("completion_turns", "loss_type", "loss_divisor", "fused_head"):
+            value, choices = getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"]
+            if value not in choices:
+                raise ValueError(f"`{name}` is {value!r}, but must be one of {choices}.")
+        if self.loss_type == "wit":  # which TRL does not know
+            self.loss_type = "nll"
         prompt, completion = self.prompt_loss_weight, self.completion_loss_weight
         if prompt == completion == 0:
             raise ValueError(
@@ -121,11 +164,6 @@ class WITSFTConfig(SFTConfig):
                 f"`completion_only_loss=False` contradicts `prompt_loss_weight={prompt}` and `completion_loss_weight="
                 f"{completion}`, which differ. Set both weights to 1 to train on the full sequence, or leave "
                 "`completion_only_loss` unset to use the weights."
-            )
-        if self.loss_type != "nll":
-            raise ValueError(
-                f"`loss_type={self.loss_type!r}` is not supported: the weighted loss is a negative log-likelihood. Set "
-                "`loss_type='nll'` (the default), or use TRL's `SFTTrainer` for other losses."
             )
         if self.label_smoothing_factor > 0:
             raise ValueError(

@@ -29,6 +29,7 @@ from ._upstream import (
     trained_copy,
     use_kernel,
 )
+from .kernels.one_pass import TokenFactors
 from .loss import weighted_linear_cross_entropy
 
 
@@ -76,14 +77,19 @@ def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
 
 
 def weighted_forward(
-    model: torch.nn.Module, inputs: dict[str, Any], token_weights: torch.Tensor
+    model: torch.nn.Module,
+    inputs: dict[str, Any],
+    token_weights: torch.Tensor,
+    num_items_in_batch: torch.Tensor | float,
+    token_factors: TokenFactors | None = None,
+    fused_head: str = "auto",
 ) -> tuple[FusedCausalLMOutput, torch.Tensor]:
     """
     Calls a model that has TRL's fused LM head and weighs what it returns, without building the logits.
 
-    Returns the output of TRL, with `log_probs` multiplied by the weight of the target, and the unweighted negative
-    log-likelihood of each target, in nats and without gradient. All per-token fields are `(B, T - 1)`, or `(B, T)` with
-    `"shift_labels"`. Their gradient is right for a loss that adds up the log-probabilities, and for no other.
+    Returns the output of TRL, with `loss` the weighted sum over the divisor, a scalar in nats, and the unweighted
+    negative log-likelihood of each target, in nats and without gradient. All per-token fields are `(B, T - 1)`, or
+    `(B, T)` with `"shift_labels"`. None of them has a gradient. The `log_probs` are none: they carry the loss.
 
     Args:
         model (`torch.nn.Module`):
@@ -93,12 +99,15 @@ def weighted_forward(
             any, stand for the labels: at the position that predicts the token.
         token_weights (`torch.Tensor` of shape `(B, T)`):
             Weight of each token as a target, 0 where it is not scored, at the position of its label.
+        num_items_in_batch (`torch.Tensor` or `float`), token_factors (`Callable`, *optional*), fused_head (`str`,
+        *optional*, defaults to `"auto"`):
+            As in [`weighted_linear_cross_entropy`].
     """
     if "shift_labels" in inputs:
         scored = inputs["shift_labels"] != -100
     else:
         scored, token_weights = inputs["labels"][:, 1:] != -100, token_weights[:, 1:]
-    kernel = _WeightedKernel(token_weights, scored)
+    kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors, fused_head)
     try:
         with use_kernel(kernel):
             outputs = model(**inputs, fused_lm_head=True)
@@ -115,6 +124,7 @@ def weighted_forward(
         )
     for name in ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask"):
         outputs[name] = outputs[name][:, -scored.size(1) :]  # without virtual tokens
+    outputs["loss"] = -outputs.log_probs.sum()
     return outputs, outputs.mean_logits
 
 
@@ -125,10 +135,19 @@ class _WeightedKernel:
     Args:
         token_weights (`torch.Tensor` of shape `(B, T)`): Weight of each target.
         scored (`torch.Tensor` of shape `(B, T)`): Whether the target has a label.
+        num_items_in_batch, token_factors, fused_head: As in [`weighted_linear_cross_entropy`].
     """
 
-    def __init__(self, token_weights: torch.Tensor, scored: torch.Tensor):
+    def __init__(
+        self,
+        token_weights: torch.Tensor,
+        scored: torch.Tensor,
+        num_items_in_batch: torch.Tensor | float,
+        token_factors: TokenFactors | None,
+        fused_head: str,
+    ):
         self._token_weights, self._scored = token_weights, scored
+        self._num_items_in_batch, self._token_factors, self._fused_head = num_items_in_batch, token_factors, fused_head
         self._gathered_head: FSDPModule | None = None
         self.has_run = False
 
@@ -137,25 +156,24 @@ class _WeightedKernel:
         self.has_run = True
         device = hidden_states.device
         token_weights, scored = self._token_weights.to(device), self._scored.to(device)
-        if scores_labelled_rows_alone(device):
-            token_weights, scored = token_weights[scored], scored[scored]
+        is_compact = scores_labelled_rows_alone(device)
+        if is_compact:  # their number is known, so the host need not wait until they are found
+            labelled = scored.reshape(-1).byte().argsort(descending=True, stable=True)[: len(targets)]
+            token_weights, scored = token_weights.reshape(-1)[labelled], scored.reshape(-1)[labelled]
         else:  # all rows, also those of the virtual tokens that prompt learning puts in front
             virtual = len(targets) // len(scored) - scored.size(1)
             token_weights, scored = (F.pad(x, (virtual, 0)).reshape(-1) for x in (token_weights, scored))
         loss, nll, entropy, is_top1 = weighted_linear_cross_entropy(
-            hidden_states,
-            weight,
-            targets,
-            token_weights,
-            1,
+            *(hidden_states, weight, targets, token_weights, self._num_items_in_batch),
             bias=bias,
             logit_scale=logit_scale,
             softcap=softcap,
-            scored=scored,
+            scored=is_compact or scored,
+            token_factors=self._token_factors,
+            fused_head=self._fused_head,
         )
-        # The first scored token carries the gradient of the sum. TRL masks those that are not scored.
-        is_carrier = scored & (scored.cumsum(0) == 1)
-        log_probs = -token_weights * nll + is_carrier * (loss.detach() - loss)
+        # The first scored token carries the loss and its gradient. TRL masks those that are not scored.
+        log_probs = torch.where(scored & (scored.cumsum(0) == 1), -loss, 0)
         # In the place of the mean logits, which nobody asked for, TRL shapes the nll like the others
         return log_probs, entropy, None, nll, is_top1
 

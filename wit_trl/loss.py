@@ -7,9 +7,11 @@ import torch.nn.functional as F
 
 from ._upstream import ChunkedLogProbFunction
 from .kernels import one_pass
+from .kernels.one_pass import TokenFactors
 
 
-# Where the one-pass kernel was tested and timed
+FUSED_HEADS = ("auto", "one_pass", "trl")
+# Where the one-pass kernel was tested and timed, so that it is chosen
 _ONE_PASS_DEVICES = ("cpu",)
 _VOCABULARY_CHUNK = 32768  # as TRL calls its kernel
 
@@ -40,14 +42,20 @@ def wit_loss(
             Weight of each token as a target.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Divisor \\( N \\): the number of targets of the whole optimizer step, over all micro-batches and ranks.
-            Defaults to the number of targets in this batch. A batch without any gives a differentiable zero.
+            Defaults to the number of targets in this batch. Without any the loss is a differentiable zero.
     """
     labels, token_weights = labels[:, 1:], token_weights[:, 1:]  # (B, T - 1)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != -100).sum()
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     per_token_loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, T - 1)
-    return (per_token_loss * token_weights).sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+    return (per_token_loss * token_weights).sum() / not_zero(num_items_in_batch)
+
+
+def not_zero(divisor: torch.Tensor | float) -> torch.Tensor:
+    """Returns a divisor, or 1 in the place of 0, where there is nothing to divide."""
+    divisor = torch.as_tensor(divisor)
+    return torch.where(divisor == 0, 1, divisor)
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -73,12 +81,14 @@ def weighted_linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     token_weights: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
     *,
     bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    scored: torch.Tensor | None = None,
+    scored: torch.Tensor | bool | None = None,
+    token_factors: TokenFactors | None = None,
+    fused_head: str = "auto",
 ) -> LinearCrossEntropyOutput:
     r"""
     Returns the WIT loss of hidden states under a language-model head, without ever holding the logits of all tokens.
@@ -89,11 +99,14 @@ def weighted_linear_cross_entropy(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     nll = F.cross_entropy(logits, targets, reduction="none")
+    if token_factors is not None:
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        token_weights = token_weights * token_factors(nll.detach(), entropy.detach())
     loss = (token_weights * nll).sum() / num_items_in_batch
     ```
 
-    On a CPU the gradient is formed in the forward pass, since the weights are known beforehand
-    ([`wit_trl.kernels.one_pass`]). On other devices TRL's kernel runs, with the weights applied to its result.
+    The one-pass kernel forms the gradient in the forward pass, since the weights are known beforehand
+    ([`wit_trl.kernels.one_pass`]); TRL's kernel computes the logits once more in the backward pass.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(N, H)`):
@@ -104,16 +117,23 @@ def weighted_linear_cross_entropy(
             Token ids. Where a token is not scored, any value.
         token_weights (`torch.Tensor` of shape `(N,)`):
             Weight of each target.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Divisor. Defaults to the number of targets whose weight is not zero; at least 1.
+        num_items_in_batch (`torch.Tensor` or `float`, *optional*):
+            Divisor. Defaults to the number of targets whose weight is not zero. 0 means 1.
         bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Bias of the head.
         logit_scale (`float`, *optional*, defaults to `1.0`):
             Factor on the logits.
         softcap (`float`, *optional*):
             Soft cap of the scaled logits.
-        scored (`torch.Tensor` of shape `(N,)`, *optional*):
+        scored (`torch.Tensor` of shape `(N,)` or `bool`, *optional*):
             Which targets get per-token outputs, a superset of those whose weight is not zero, which is the default.
+            `True` means all of them, for which the host need not wait for a device.
+        token_factors (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
+            Returns factors for the weights of tokens, from their negative log-likelihoods and entropies, without
+            gradient, in nats. It gets some of the scored tokens at a time, so each factor has to follow from its own
+            token.
+        fused_head (`str`, *optional*, defaults to `"auto"`):
+            Which kernel runs: `"one_pass"`, `"trl"`, or `"auto"`, the first on a CPU and the second elsewhere.
 
     Raises:
         `RuntimeError`: the loss is differentiated a second time.
@@ -122,12 +142,12 @@ def weighted_linear_cross_entropy(
         num_items_in_batch = (token_weights != 0).sum()
     if scored is None:
         scored = token_weights != 0
-    kernel = one_pass.weighted_nll if hidden_states.device.type in _ONE_PASS_DEVICES else _weighted_nll_of_trl
-    weighted_sum, nll, entropy, is_top1 = kernel(
-        hidden_states, weight, bias, targets, token_weights, scored, logit_scale, softcap
-    )
+    if fused_head == "auto":
+        fused_head = "one_pass" if hidden_states.device.type in _ONE_PASS_DEVICES else "trl"
+    kernel = one_pass.weighted_nll if fused_head == "one_pass" else _weighted_nll_of_trl
+    token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
     return LinearCrossEntropyOutput(
-        weighted_sum / torch.as_tensor(num_items_in_batch).clamp(min=1), nll, entropy, is_top1
+        *kernel(hidden_states, weight, bias, targets, token_weights, scored, logit_scale, softcap, token_factors)
     )
 
 
@@ -137,9 +157,10 @@ def _weighted_nll_of_trl(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     token_weights: torch.Tensor,
-    scored: torch.Tensor,
+    scored: torch.Tensor | bool,
     logit_scale: float,
     softcap: float | None,
+    token_factors: TokenFactors | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The same as `one_pass.weighted_nll` by TRL's kernel, which scores every target, with the weights applied to its
@@ -156,5 +177,10 @@ def _weighted_nll_of_trl(
         logit_scale,
         ("entropy", "is_top1"),
     )
-    nll, entropy = (-log_probs).masked_fill(~scored, 0), entropy.detach().masked_fill(~scored, 0)
-    return (nll * token_weights).sum(), nll.detach(), entropy, is_top1 & scored
+    nll, entropy = -log_probs, entropy.detach()
+    if token_factors is not None:
+        token_weights = token_weights * token_factors(nll.detach(), entropy)
+    if isinstance(scored, torch.Tensor):
+        nll, entropy, is_top1 = nll.where(scored, 0), entropy.where(scored, 0), is_top1 & scored
+        token_weights = token_weights.where(scored, 0)
+    return (nll * token_weights).sum(), nll.detach(), entropy, is_top1

@@ -24,6 +24,7 @@ class TokenSums(NamedTuple):
         weighted_count (`float`): Number of tokens whose weight is not zero.
         weighted_entropy (`float`): Of these, the entropy of the prediction, unweighted.
         weighted_correct (`float`): Number of these that are the most likely ones.
+        weight (`float`): Sum of their weights.
     """
 
     prompt_nll: Any = 0.0
@@ -36,11 +37,14 @@ class TokenSums(NamedTuple):
     weighted_count: Any = 0.0
     weighted_entropy: Any = 0.0
     weighted_correct: Any = 0.0
+    weight: Any = 0.0
 
-    @property
-    def loss(self) -> float:
-        """The weighted loss, in nats: the sum over the number of tokens whose weight is not zero."""
-        return self.weighted_nll / max(self.weighted_count, 1)
+    def loss(self, divisor: str) -> float:
+        """
+        Returns the weighted loss, in nats: the sum over the number of tokens whose weight is not zero (`"count"`), or
+        over their weights (`"weights"`).
+        """
+        return self.weighted_nll / ((self.weighted_count if divisor == "count" else self.weight) or 1)
 
     def metrics_of_trl(self) -> dict[str, float]:
         """Returns the means that TRL logs, of the tokens whose weight is not zero."""
@@ -63,7 +67,7 @@ def loss_terms(
     nll: torch.Tensor, outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor
 ) -> torch.Tensor:
     """
-    Returns what each token adds to each field of [`TokenSums`], in the order of the fields, `(B, T, 10)` in float32.
+    Returns what each token adds to each field of [`TokenSums`], in the order of the fields, `(B, T, 11)` in float32.
 
     Args:
         nll (`torch.Tensor` of shape `(B, T)`):
@@ -89,6 +93,7 @@ def loss_terms(
         weighted_count=weighted,
         weighted_entropy=entropy * weighted,
         weighted_correct=correct & weighted,
+        weight=weights,
     )
     return torch.stack(terms, dim=-1)
 
@@ -146,11 +151,12 @@ class EvaluationSums:
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): What the ranks are gathered with.
+        divisor (`str`): The `loss_divisor` of the weighted loss.
         repeats (`int`, *optional*, defaults to `1`): Number of ranks that have a batch in common.
     """
 
-    def __init__(self, accelerator: Accelerator, repeats: int = 1):
-        self._accelerator, self._repeats = accelerator, repeats
+    def __init__(self, accelerator: Accelerator, divisor: str, repeats: int = 1):
+        self._accelerator, self._divisor, self._repeats = accelerator, divisor, repeats
         self._tokens = TokenSums()
         self._losses: list[float] = []
         self._aux_losses: list[float] = []
@@ -171,7 +177,7 @@ class EvaluationSums:
         Adds a batch of all ranks.
 
         Args:
-            terms (`torch.Tensor` of shape `(B, T, 10)`):
+            terms (`torch.Tensor` of shape `(B, T, 11)`):
                 The `loss_terms`.
             example_lengths (`torch.Tensor`, *optional*):
                 Numbers of tokens of the examples, if all are in one row.
@@ -203,11 +209,11 @@ class EvaluationSums:
         Returns the metrics of each region, and the weighted loss unless a subclass returned another one: `Trainer`
         averages the losses of batches, which is no mean over tokens.
         """
-        metrics = self._tokens.metrics_by_region()
+        metrics, own = self._tokens.metrics_by_region(), {"loss": self._tokens.loss(self._divisor)}
         if not self._losses or loss_of_trainer is None:
-            return metrics | {"loss": self._tokens.loss}
+            return metrics | own
         mean = sum(self._losses) / len(self._losses)
-        return metrics | ({"loss": self._tokens.loss} if math.isclose(mean, loss_of_trainer, rel_tol=1e-6) else {})
+        return metrics | (own if math.isclose(mean, loss_of_trainer, rel_tol=1e-6) else {})
 
 
 def sum_over_ranks(accelerator: Accelerator, by_example: torch.Tensor, repeats: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 
 PAPER = {
@@ -20,8 +21,8 @@ PAPER = {
 }
 
 
-def add_weights(folder: str, loss_weights: tuple[float, float]) -> None:
-    """Adds the weights of prompt and completion to the card in a folder."""
-    prompt, completion = loss_weights
+def add_weights(folder: str, settings: dict[str, Any]) -> None:
+    """Adds the weights, and what else decides about the loss, to the card in a folder."""
+    shown = ", ".join(f"{name}: {value}" for name, value in settings.items())
     with Path(folder, "README.md").open("a", encoding="utf-8") as card:
-        card.write(f"\n## Weights of the loss\n\nprompt_loss_weight: {prompt}, completion_loss_weight: {completion}\n")
+        card.write(f"\n## Weights of the loss\n\n{shown}\n")

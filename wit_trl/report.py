@@ -89,6 +89,8 @@ class WeightReport:
         without_completion (`int`, *optional*): Rows that lost their whole completion in this way. `None` if unknown.
         dropped (`int`, *optional*): Rows dropped because no token of non-zero weight was left. `None` if unknown.
         structure ([`StructureWeights`]): What roles and the chat template's own tokens were given.
+        loss_divisor (`str`): What the weighted sum is divided by, the `"count"` or the `"weights"`.
+        token_factors (`str`, *optional*): What multiplies the loss of each token in training.
     """
 
     rows: int
@@ -104,6 +106,8 @@ class WeightReport:
     without_completion: int | None
     dropped: int | None
     structure: StructureWeights = field(default_factory=StructureWeights)
+    loss_divisor: str = "count"
+    token_factors: str | None = None
 
     @property
     def negligible_regions(self) -> list[str]:
@@ -141,13 +145,18 @@ class WeightReport:
             facts.add_row("weight of what the template writes", f"{self.structure.chat_template_loss_weight:g}")
         if self.structure.completion_turns != "all":
             facts.add_row("turns that are completion", self.structure.completion_turns)
+        if self.token_factors is not None:
+            facts.add_row("factor of each token in training", self.token_factors)
         facts.add_row("completion tokens to a prompt token", _ratio(self.tokens[1], self.tokens[0]))
         facts.add_row("gradient of the completion against conventional tuning *", scale)
         facts.add_row("rows truncated", _count(self.truncated))
         facts.add_row("rows with no completion left", _count(self.without_completion))
         facts.add_row("rows dropped", _count(self.dropped))
+        formula = "completion_loss_weight * completion / all, in tokens of non-zero weight."
+        if self.loss_divisor == "weights":
+            formula = "share of the weight, because the loss is divided by the sum of the weights."
         note = (
-            "  * completion_loss_weight * completion / all, in tokens of non-zero weight.\n"
+            f"  * {formula}\n"
             "    Adam without clipping undoes this factor. With clipping, fewer steps are\n"
             "    clipped. With SGD, it scales the learning rate.\n"
             "  loss is weighted; prompt_loss and completion_loss compare between runs."
@@ -174,6 +183,8 @@ def weigh(
     dropped: int | None = None,
     partial: bool | None = None,
     structure: StructureWeights | None = None,
+    loss_divisor: str = "count",
+    token_factors: str | None = None,
 ) -> WeightReport:
     r"""
     Returns the [`WeightReport`] of a tokenized training set: of its first thousand rows if it is a stream or was not
@@ -182,7 +193,8 @@ def weigh(
     With \\( N \\) the number of tokens of non-zero weight and \\( N_c \\) the number of completion tokens among them, a
     completion token of weight \\( \lambda_r \\) has the share \\( \lambda_r / N \\) in the loss, and \\( 1 / N_c \\) in
     conventional tuning, which has the weights (0, 1). So the gradient of the completion is scaled by
-    \\( \lambda_r N_c / N \\), over the whole data set.
+    \\( \lambda_r N_c / N \\), over the whole data set. Where the loss is divided by the sum of the weights, it is the
+    share of the completion in that.
 
     Args:
         rows (`Dataset`, `IterableDataset` or `list[dict]`):
@@ -197,6 +209,10 @@ def weigh(
             Whether `rows` are only the first ones. Told by `rows` itself, unless it is a list of some of them.
         structure ([`StructureWeights`], *optional*):
             What roles and the chat template's own tokens were given, to be shown.
+        loss_divisor (`str`, *optional*, defaults to `"count"`):
+            What the weighted sum is divided by.
+        token_factors (`str`, *optional*):
+            What multiplies the loss of each token in training, to be shown.
 
     Raises:
         `ValueError`: a row is not tokenized, is read through a transform, or its masks or weights are wrong.
@@ -224,7 +240,10 @@ def weigh(
             data_weight[region] += float(batch.weights[here].sum(dtype=np.float64))
     weighted_completion = nonzero[1]
     nonzero = {region: nonzero[region] if region >= 0 and loss_weights[region] else 0 for region in REGIONS}
-    total = sum(nonzero.values())
+    weight = {region: loss_weights[region] * data_weight[region] if region >= 0 else 0.0 for region in REGIONS}
+    part, total = loss_weights[1] * nonzero[1], float(sum(nonzero.values()))
+    if loss_divisor == "weights":
+        part, total = weight[1], sum(weight.values())
     if lengths is None:
         lengths = RowLengths.read(rows)
     return WeightReport(
@@ -233,9 +252,9 @@ def weigh(
         loss_weights=loss_weights,
         tokens=tokens,
         nonzero=nonzero,
-        weight={region: loss_weights[region] * data_weight[region] if region >= 0 else 0.0 for region in REGIONS},
+        weight=weight,
         data_weights=(least, most),
-        gradient_scale=loss_weights[1] * nonzero[1] / total if weighted_completion and total else None,
+        gradient_scale=part / total if weighted_completion and total else None,
         lengths=(np.concatenate(prompt_lengths), np.concatenate(completion_lengths))
         if lengths is None
         else (lengths.prompt_length, lengths.completion_length),
@@ -243,6 +262,8 @@ def weigh(
         without_completion=None if lengths is None else int(np.count_nonzero(lengths.completion_lost)),
         dropped=dropped,
         structure=structure or StructureWeights(),
+        loss_divisor=loss_divisor,
+        token_factors=token_factors,
     )
 
 

@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from ._upstream import keep_gradient_of_4bit_weights
 from .checkpoints import LossWeightsCallback, checkpoint_to_resume
-from .config import WITSFTConfig, loss_weights
+from .config import LOSS_SETTINGS, WITSFTConfig, loss_weights
 from .data_collator import DataCollatorForWIT
 from .data_preparation import DataPreparation, check_train_dataset
 from .lm_head import prepare_lm_head, weighted_forward
@@ -95,10 +95,12 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         args = WITSFTConfig.of(args, model)
         self._assistant_only_loss = args.assistant_only_loss
         has_messages = not {"messages", "conversations"}.isdisjoint(columns)
-        if has_messages:
-            # TRL refuses templates that it does not know. It is what the completion of a conversation is here.
+        loss_type = args.loss_type
+        if has_messages or loss_type != "nll":
             args = copy.copy(args)
-            args.assistant_only_loss = False
+            # TRL refuses templates that it does not know. It is what the completion of a conversation is here.
+            args.assistant_only_loss = args.assistant_only_loss and not has_messages
+            args.loss_type = "nll"  # TRL refuses others under sequence parallelism
         self._messages_are_new = has_messages and not self._assistant_only_loss
         # A copy, to tell the training set from an evaluation set that is the same object
         train_dataset = self._unprepared = copy.copy(train_dataset)
@@ -109,6 +111,7 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         )
 
         self._unprepared = None
+        self.args.loss_type = loss_type
         if data_collator is None:
             collator_class, names = DataCollatorForWIT, ["prompt_loss_weight", "completion_loss_weight"]
             if self._is_vision_dataset:
@@ -125,7 +128,7 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
         self._train_sums = TrainingSums(self.args.device)
-        self._eval_sums = EvaluationSums(self.accelerator)
+        self._eval_sums = EvaluationSums(self.accelerator, self.args.loss_divisor)
         self.add_callback(LossWeightsCallback)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -182,14 +185,18 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             transform, or are weighed by another data collator.
         """
         dataset, weights = self.train_dataset, loss_weights(self.args, self.data_collator)
+        settings: dict[str, Any] = {"structure": self.args.structure_weights, "loss_divisor": self.args.loss_divisor}
+        if self._has_token_factors():
+            is_own = type(self).token_factors is WITSFTTrainer.token_factors
+            settings["token_factors"] = "its probability (dft)" if is_own else f"{type(self).__name__}.token_factors"
         if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
             rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
             partial = not isinstance(dataset, Dataset) or len(rows) < len(dataset)
-            return weigh(rows, weights, partial=partial, structure=self.args.structure_weights)
+            return weigh(rows, weights, partial=partial, **settings)
         if not isinstance(self.data_collator, DataCollatorForWIT):
             raise ValueError("The data collator is another one than `DataCollatorForWIT`, which may weigh otherwise.")
         known = self._training_rows if dataset is self._training_rows.dataset else TrainingRows(dataset)
-        return weigh(dataset, weights, known.lengths, known.dropped, structure=self.args.structure_weights)
+        return weigh(dataset, weights, known.lengths, known.dropped, **settings)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -206,7 +213,7 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         """Writes TRL's model card, with the weights."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_weights(self.args.output_dir, loss_weights(self.args, self.data_collator))
+            add_weights(self.args.output_dir, {name: getattr(self.args, name) for name in LOSS_SETTINGS})
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)
@@ -231,10 +238,15 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             inputs["output_router_logits"] = True
         if not self.model.training:  # score both regions, whatever their weights
             inputs["labels"] = inputs["input_ids"].masked_fill(completion_mask == -100, -100)
+        divisor = self._divisor(token_weights, num_items_in_batch)
+        factors = self.token_factors if self.model.training and self._has_token_factors() else None
         with explain_cut_images(self.args.max_length):
-            outputs, nll = weighted_forward(model, inputs, token_weights)
+            outputs, nll = weighted_forward(model, inputs, token_weights, divisor, factors, self.args.fused_head)
 
-        loss = self._normalise(-outputs.log_probs.sum(), outputs.aux_loss, token_weights, num_items_in_batch)
+        loss = outputs.loss
+        if self.aux_loss_enabled:  # a mean over the micro-batch, as in TRL
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         first = completion_mask.size(1) - nll.size(1)  # the first target
         terms = loss_terms(
             nll, outputs, token_weights[:, first:].to(nll.device), completion_mask[:, first:].to(nll.device)
@@ -257,19 +269,51 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         found = [getattr(method, "__func__", None) for method in (self.compute_loss, self.prediction_step)]
         return found != [WITSFTTrainer.compute_loss, SFTTrainer.prediction_step]
 
-    def _normalise(self, weighted_sum, aux_loss, token_weights, num_items_in_batch) -> torch.Tensor:
+    def token_factors(self, nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """
-        Returns the loss from the weighted sum. As in TRL, the divisor counts the tokens of all ranks, over which the
-        gradients are averaged, and the auxiliary loss is a mean over the micro-batch.
+        Returns a factor for the loss of each token in training, without gradient: 1, or with `loss_type="dft"` the
+        probability of the token. Override it for a loss that depends on what the model predicts.
+
+        The kernels call it while the logits exist, with some of the scored tokens at a time, so each factor has to
+        follow from its own token. The factors multiply the weights of the tokens, but leave the divisor alone: a token
+        of factor 0 is counted. Evaluation, and the losses of the regions, are without them.
+
+        Args:
+            nll (`torch.Tensor` of shape `(N,)`):
+                Negative log-likelihood of each token, in nats: its probability is `torch.exp(-nll)`.
+            entropy (`torch.Tensor` of shape `(N,)`):
+                Entropy of the prediction, in nats.
         """
-        divisor = (token_weights[:, 1:] != 0).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = weighted_sum / torch.as_tensor(divisor).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * aux_loss / steps
-        return loss
+        return torch.exp(-nll) if self.args.loss_type == "dft" else torch.ones_like(nll)
+
+    def _has_token_factors(self) -> bool:
+        return self.args.loss_type == "dft" or type(self).token_factors is not WITSFTTrainer.token_factors
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        if count is None or self.args.loss_divisor == "count":
+            return count
+        # The number of tokens, as every engine counts it, times their mean weight
+        sums = torch.zeros(2, device=device)
+        for batch in batch_samples:
+            weights, _ = pop_weights({**batch})
+            weights = weights if "shift_labels" in batch else weights[:, 1:]
+            sums += torch.stack([weights.sum(), weights.count_nonzero()]).to(device)
+        if self.args.average_tokens_across_devices:
+            sums = self.accelerator.reduce(sums)
+        return count * sums[0] / sums[1].clamp(min=1)
+
+    def _divisor(self, token_weights, num_items_in_batch) -> torch.Tensor | float:
+        """
+        Returns what the weighted sum is divided by. As in TRL, it counts the tokens of all ranks, over which the
+        gradients are averaged.
+        """
+        if num_items_in_batch is None:
+            weights = token_weights[:, 1:]
+            return weights.count_nonzero() if self.args.loss_divisor == "count" else weights.sum()
+        if not self.args.average_tokens_across_devices:
+            return num_items_in_batch
+        return num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as [`~trl.SFTTrainer`] does, with the metrics of each region."""
@@ -280,7 +324,9 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluates as `Trainer` does. The metrics are those of the class where `compute_loss` was reached."""
-        self._eval_sums = EvaluationSums(self.accelerator, repeats=self.get_tp_size() * self.get_cp_size())
+        self._eval_sums = EvaluationSums(
+            self.accelerator, self.args.loss_divisor, self.get_tp_size() * self.get_cp_size()
+        )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_sums.is_empty:  # a subclass computes another loss, without this one
             return output

@@ -119,6 +119,7 @@ def launch(engine, *arguments):
     return start(
         *([*command, *machine, WORKER, *arguments] for machine in machines),
         DS_ACCELERATOR="cpu",
+        TRITON_INTERPRET="1",
         TENSOR_PARALLEL_SIZE=tensor_parallel_size,
     )
 

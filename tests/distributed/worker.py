@@ -31,6 +31,7 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl.kernels import one_pass
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -54,6 +55,11 @@ SCENARIOS = {
     "lora_completion_only": ((0.0, 1.0), "tied", {}, LORA),
     "lora_with_head": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-6}, LORA_WITH_HEAD),
     "qlora": ((0.2, 0.8), "quantized", {"adam_epsilon": 1e-6}, LORA),
+    "factors": ((0.2, 0.8), "untied", {"loss_type": "dft", "loss_divisor": "weights"}, None),
+    # With the kernel for GPUs, where the launcher asks for Triton's interpreter
+    "triton": ((0.2, 0.8), "untied", {"loss_type": "dft"}, None),
+    "triton_tied": ((0.2, 0.8), "tied", {}, None),
+    "triton_lora": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-6}, LORA),
 }
 # Set by the launcher: the number of ranks that share a sequence
 SEQUENCE_PARALLEL_SIZE, CONTEXT_PARALLEL_SIZE = (
@@ -160,6 +166,8 @@ def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arg
 
 def run(folder, scenario, batch_size, accumulation):
     """Trains five steps, evaluates, and saves the model and the logs."""
+    in_interpreter = "triton" in scenario and os.environ.get("TRITON_INTERPRET") == "1"
+    one_pass._TRITON_DEVICES = ("cpu",) if in_interpreter else ("cuda", "xpu")
     # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
     fsdp1 = os.environ.get("FSDP_VERSION") == "1"
     arguments = {"save_strategy": "no"} if fsdp1 or TENSOR_PARALLEL_SIZE > 1 else {}

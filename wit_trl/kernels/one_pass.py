@@ -1,15 +1,31 @@
-"""The weighted loss of an LM head and its gradient in one pass, in plain torch, on any device."""
+"""The weighted loss of an LM head and its gradient in one pass, on any device."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
+rows: Any
+try:
+    from . import rows
+except ImportError:  # there is no Triton, as on macOS and Windows
+    rows = None
+
+TokenFactors = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_TRITON_DEVICES = ("cuda", "xpu")
 # Logits of one chunk of tokens: large chunks need fewer passes over the head and its gradient, but more memory
 _CHUNK_BYTES = 256 << 20
 _CHUNK_ROWS_WITHOUT_WEIGHT_GRADIENT = 256
-# Rows of logits that are turned into their gradient at a time, in float32, while they are in the cache
+# On a GPU, more rows than these are no faster; fewer read the head too often
+_GPU_CHUNK_ROWS = (2048, 4096)
+_GPU_CHUNK_BYTES = (512 << 20, 1024 << 20)
+# Rows of logits that are turned into their gradient at a time, in float32, while they are in the cache of a CPU
 _BLOCK_BYTES = 2 << 20
 # Above this number of chunks the gradient of a 16-bit head is summed in float32
 _MAX_CHUNKS_IN_16_BITS = 4
+_LARGEST_GRADIENT_IN_FLOAT16 = 2**12  # of a logit; factors of tokens, and no more than that, may add to it
 
 
 def weighted_nll(
@@ -18,135 +34,194 @@ def weighted_nll(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     token_weights: torch.Tensor,
-    scored: torch.Tensor,
+    scored: torch.Tensor | bool,
     logit_scale: float,
     softcap: float | None,
+    token_factors: TokenFactors | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Returns the weighted sum of the negative log-likelihoods, and of each target its negative log-likelihood, entropy
     and top-1. Arguments as in [`weighted_linear_cross_entropy`].
 
     Tokens that are not scored are dropped before the projection. Since the weights are known beforehand, the gradient
-    is formed in the forward pass: for each chunk of tokens one matrix product gives the logits, blocks of rows are
+    is formed in the forward pass: for each chunk of tokens one matrix product gives the logits, their rows are
     overwritten by their own gradient (in float32, rounded once), and two more products give the gradients of the hidden
     states and of the head. Nothing is computed twice: three products for each token, two with a frozen head, one
-    without gradient. The divisor is applied in the backward pass, so that the stored gradient does not underflow in
-    float16.
+    without gradient. The backward pass has nothing to do unless the loss is scaled.
 
     The gradient of a 16-bit head is summed over chunks in its own dtype up to four chunks (each rounds once, on top of
-    the float32 sums inside the product), in float32 above.
+    the float32 sums inside the product), in float32 above. In float16, where a gradient below 6e-8 is none, the rows
+    are scaled by a power of two, and the products stay in float32 until the backward pass takes it back.
     """
-    index = scored.nonzero().squeeze(1)
+    index = scored.nonzero().squeeze(1) if isinstance(scored, torch.Tensor) else None
     # Autocast would cast inside each product; the casts below are made once
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+    selected = [hidden_states, targets, token_weights]
+    if index is not None:
+        selected = [values[index] for values in selected]
+    hidden_states, targets_of_index, weights_of_index = selected
     with torch.autocast(device, enabled=False):
         weighted_sum, *per_token = _WeightedNLL.apply(
-            hidden_states[index], weight, bias, targets[index], token_weights[index].float(), logit_scale, softcap
+            hidden_states, weight, bias, targets_of_index, weights_of_index, logit_scale, softcap, token_factors
         )
-    nll, entropy, is_top1 = (x.new_zeros(len(targets)).index_copy_(0, index, x) for x in per_token)
-    return weighted_sum, nll, entropy, is_top1
+    if index is not None:
+        per_token = [values.new_zeros(len(targets)).index_copy_(0, index, values) for values in per_token]
+    return weighted_sum, *per_token
 
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, token_weights, logit_scale, softcap):
+    def forward(ctx, hidden_states, weight, bias, targets, token_weights, logit_scale, softcap, token_factors):
         ctx.set_materialize_grads(False)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_gradient = needs_hidden or needs_weight or needs_bias
         (n, _), vocab = hidden_states.shape, len(weight)
+        uses_triton = _uses_triton(hidden_states)
         head = weight.to(hidden_states.dtype)
-        rows = _CHUNK_BYTES // (vocab * hidden_states.element_size())
-        if not needs_weight:
-            rows = min(rows, _CHUNK_ROWS_WITHOUT_WEIGHT_GRADIENT)
-        rows = max(1, min(n, rows))
-        block = max(1, min(rows, _BLOCK_BYTES // (4 * vocab)))
-        many = n > _MAX_CHUNKS_IN_16_BITS * rows
+        pitch = -(-vocab // 64) * 64 if uses_triton else vocab  # so that every row of a GPU is aligned
+        count = _chunk_rows(n, pitch * hidden_states.element_size(), uses_triton, needs_weight)
+        in_float32 = torch.float32 if n > _MAX_CHUNKS_IN_16_BITS * count else None
+        token_weights = token_weights.to(torch.float32, copy=True)
+        ctx.scale = None
+        if hidden_states.dtype == torch.float16:
+            in_float32 = torch.float32
+            largest = torch.cat([token_weights, token_weights.new_full((1,), 1e-30)]).max() * abs(logit_scale)
+            ctx.scale = torch.exp2(torch.floor(torch.log2(_LARGEST_GRADIENT_IN_FLOAT16 / largest)))
+            token_weights *= ctx.scale
 
-        logits = hidden_states.new_empty(rows, vocab)
-        buffers = hidden_states.new_empty(2, block, vocab, dtype=torch.float32)
+        logits = hidden_states.new_empty(count, pitch)[:, :vocab]
         nll, entropy = hidden_states.new_empty(2, n, dtype=torch.float32)
         is_top1 = hidden_states.new_empty(n, dtype=torch.bool)
-        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if many else None) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        for start in range(0, n, rows):
-            chunk = slice(start, start + rows)
+        grad_hidden = grad_weight = grad_bias = None
+        if needs_hidden:
+            dtype = hidden_states.dtype if ctx.scale is None else torch.float32
+            grad_hidden = torch.zeros_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format)
+        if needs_weight:
+            grad_weight = torch.zeros_like(weight, dtype=in_float32, memory_format=torch.contiguous_format)
+        if needs_bias:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+        score_rows = rows.score if uses_triton else score
+        for start in range(0, n, count):
+            chunk = slice(start, start + count)
             hidden = hidden_states[chunk]
             z = torch.mm(hidden, head.t(), out=logits[: len(hidden)])
             if bias is not None:
                 z += bias
-            for first in range(0, len(z), block):
-                row = slice(start + first, start + min(first + block, len(z)))
-                nll[row], entropy[row], is_top1[row] = _score(
-                    z[first : first + block],
-                    targets[row],
-                    token_weights[row] if needs_gradient else None,
-                    logit_scale,
-                    softcap,
-                    buffers,
-                )
+            score_rows(
+                *(z, targets[chunk], token_weights[chunk], logit_scale, softcap, token_factors, needs_gradient),
+                *(nll[chunk], entropy[chunk], is_top1[chunk]),
+            )
             if needs_hidden:
-                torch.mm(z, head, out=grad_hidden[chunk])
-            if needs_weight and grad_weight.dtype == z.dtype:
-                # The first product is written, not added, so that the zeros are never touched
-                grad_weight.addmm_(z.t(), hidden, beta=0 if start == 0 else 1)
-            elif needs_weight:
-                for v in range(0, vocab, 16384):
-                    grad_weight[v : v + 16384] += torch.mm(z[:, v : v + 16384].t(), hidden)
+                _add_product(grad_hidden[chunk], z, head, is_first=True)
+            if needs_weight:
+                _add_product(grad_weight, z.t(), hidden, is_first=start == 0)
             if needs_bias:
                 grad_bias += z.sum(0, dtype=torch.float32)
-        ctx.gradients = (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if needs_weight else None,
-            grad_bias.to(bias.dtype) if needs_bias else None,
-        )
+        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        ctx.dtypes = [hidden_states.dtype, weight.dtype, bias.dtype if needs_bias else None]
+        if ctx.scale is None:
+            ctx.gradients = _cast(ctx.gradients, ctx.dtypes)
         ctx.mark_non_differentiable(nll, entropy, is_top1)
-        return torch.dot(nll, token_weights), nll, entropy, is_top1
+        weighted_sum = torch.dot(nll, token_weights)
+        return weighted_sum if ctx.scale is None else weighted_sum / ctx.scale, nll, entropy, is_top1
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("The gradient of `weighted_linear_cross_entropy` is formed once and was already used.")
-        return *(None if gradient is None else gradient.mul_(grad_output) for gradient in gradients), *[None] * 4
+        if ctx.scale is not None:
+            grad_output = grad_output / ctx.scale
+        gradients = [None if gradient is None else _multiply(gradient, grad_output) for gradient in gradients]
+        return *_cast(gradients, ctx.dtypes), *[None] * 5
 
 
-def _score(
+def _uses_triton(values: torch.Tensor) -> bool:
+    return rows is not None and values.device.type in _TRITON_DEVICES
+
+
+def _chunk_rows(n: int, row_bytes: int, on_gpu: bool, needs_weight: bool) -> int:
+    """Returns how many rows of logits are held at a time."""
+    if not on_gpu:
+        count = _CHUNK_BYTES // row_bytes
+        return max(1, min(n, count if needs_weight else min(count, _CHUNK_ROWS_WITHOUT_WEIGHT_GRADIENT)))
+    (least_rows, most_rows), (least_bytes, most_bytes) = _GPU_CHUNK_ROWS, _GPU_CHUNK_BYTES
+    count = min(most_rows, max(least_bytes // row_bytes, min(least_rows, most_bytes // row_bytes)))
+    chunks = max(1, -(-n // max(1, count)))  # of the same size, in whole tiles of a matrix product
+    return max(1, min(n, -(-n // (128 * chunks)) * 128))
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
+    """Adds the product of two matrices to a sum, or writes the first one, so that zeros are never read."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if is_first else 1)
+    elif total.is_cuda:  # without rounding the product
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        for start in range(0, len(total), 16384):
+            part = a[start : start + 16384]
+            # A product in float16 may overflow
+            product = torch.mm(part.float(), b.float()) if a.dtype == torch.float16 else torch.mm(part, b)
+            total[start : start + 16384] += product
+
+
+def _cast(gradients: list[torch.Tensor | None], dtypes: list[torch.dtype | None]) -> list[torch.Tensor | None]:
+    return [None if x is None else x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _multiply(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiplies in place by a scalar, which is mostly 1."""
+    if _uses_triton(values):
+        return rows.multiply(values, factor)  # which does not make the host wait for it
+    return values if factor == 1 else values.mul_(factor)
+
+
+def score(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    token_weights: torch.Tensor | None,
+    token_weights: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
-    buffers: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    token_factors: TokenFactors | None,
+    needs_gradient: bool,
+    nll: torch.Tensor,
+    entropy: torch.Tensor,
+    is_top1: torch.Tensor,
+) -> None:
     """
-    Returns negative log-likelihood, entropy and top-1 of rows of logits `(n, V)`. Of several tokens that are the most
-    likely, the first one is top-1, as in TRL. With `token_weights`, the logits are overwritten by the gradient of the
-    weighted negative log-likelihood.
+    Writes negative log-likelihood, entropy and top-1 of rows of logits `(n, V)`, and multiplies their weights by the
+    factors that follow from the first two. If a gradient is needed, the logits are overwritten by that of the weighted
+    negative log-likelihood. Of several tokens that are the most likely, the first one is top-1, as in TRL.
     """
-    targets = targets.unsqueeze(1)
-    z = logits if logits.dtype == torch.float32 else buffers[0, : len(logits)].copy_(logits)
-    if logit_scale != 1.0:
-        z *= logit_scale
-    if softcap is not None:
-        capped = z / softcap
-        torch.mul(torch.tanh(capped), softcap, out=z)
-    z -= z.amax(1, keepdim=True)
-    z_target = z.gather(1, targets)
-    is_top1 = (z_target == 0).squeeze(1)
-    hits = is_top1.clone()  # the search for the first one takes as long as the exponential function, so for these alone
-    is_top1[hits] = z[hits].argmax(1) == targets[hits, 0]
-    exp = torch.exp(z, out=buffers[1, : len(logits)])
-    normaliser = exp.sum(1, keepdim=True)
-    log_normaliser = normaliser.log()
-    nll = (log_normaliser - z_target).squeeze(1)
-    entropy = log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z) / normaliser.squeeze(1)
-    if token_weights is not None:
-        # p_target - 1, formed before any rounding
-        exp.scatter_(1, targets, torch.exp(z_target) - normaliser)
+    block = max(1, min(len(logits), _BLOCK_BYTES // (4 * logits.size(1))))
+    buffers = logits.new_empty(2, block, logits.size(1), dtype=torch.float32)
+    for start in range(0, len(logits), block):
+        part = slice(start, start + block)
+        raw, target = logits[part], targets[part].unsqueeze(1)
+        z = raw if raw.dtype == torch.float32 else buffers[0, : len(raw)].copy_(raw)
+        if logit_scale != 1.0:
+            z *= logit_scale
         if softcap is not None:
-            exp /= torch.cosh(capped).square()  # 1 - tanh², without cancellation
-        torch.mul(exp, token_weights.unsqueeze(1) * logit_scale / normaliser, out=logits)
-    return nll, entropy, is_top1
+            capped = z / softcap
+            torch.mul(torch.tanh(capped), softcap, out=z)
+        z -= z.amax(1, keepdim=True)
+        z_target = z.gather(1, target)
+        top1 = (z_target == 0).squeeze(1)
+        hits = top1.clone()  # the search for the first one takes as long as the exponential, so for these alone
+        top1[hits] = z[hits].argmax(1) == target[hits, 0]
+        exp = torch.exp(z, out=buffers[1, : len(raw)])
+        normaliser = exp.sum(1, keepdim=True)
+        log_normaliser = normaliser.log()
+        is_top1[part] = top1
+        nll[part] = (log_normaliser - z_target).squeeze(1)
+        entropy[part] = log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z) / normaliser.squeeze(1)
+        if token_factors is not None:
+            token_weights[part] *= token_factors(nll[part], entropy[part])
+        if needs_gradient:
+            # p_target - 1, formed before any rounding
+            exp.scatter_(1, target, torch.exp(z_target) - normaliser)
+            if softcap is not None:
+                exp /= torch.cosh(capped).square()  # 1 - tanh², without cancellation
+            torch.mul(exp, token_weights[part].unsqueeze(1) * logit_scale / normaliser, out=raw)
