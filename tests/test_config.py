@@ -31,9 +31,14 @@ def test_full_sequence_loss_needs_equal_weights():
     WITSFTConfig(completion_only_loss=False, prompt_loss_weight=0.5, completion_loss_weight=0.5)
 
 
-def test_other_loss_types_are_refused():
-    with pytest.raises(ValueError, match=r"`loss_type='dft'` is not supported.* Set `loss_type='nll'`"):
-        WITSFTConfig(loss_type="dft")
+@pytest.mark.parametrize("name", ["loss_type", "loss_divisor", "fused_head", "completion_turns"])
+def test_unknown_choices_are_refused(name):
+    with pytest.raises(ValueError, match=rf"`{name}` is 'other', but must be one of \['"):
+        WITSFTConfig(**{name: "other"})
+
+
+def test_loss_types_of_trl_and_the_name_of_its_proposal():
+    assert [WITSFTConfig(loss_type=name).loss_type for name in ("nll", "dft", "wit")] == ["nll", "dft", "nll"]
 
 
 def test_label_smoothing_is_refused():

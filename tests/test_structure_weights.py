@@ -236,7 +236,7 @@ def test_role_that_no_message_has_is_told(prepare, caplog):
         ({"role_loss_weights": {"system": -1}}, r"`role_loss_weights\['system'\]` is -1, but a weight must be"),
         ({"role_loss_weights": ["system"]}, r"`role_loss_weights` is \['system'\], but must be a dict of roles"),
         ({"chat_template_loss_weight": float("nan")}, "`chat_template_loss_weight` is nan, but a weight must be"),
-        ({"completion_turns": "first"}, "`completion_turns` is 'first', but must be 'all' or 'last'"),
+        ({"completion_turns": "first"}, "`completion_turns` is 'first', but must be one of"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(structure, error, tmp_path):

@@ -725,6 +725,9 @@ def test_model_card_cites_the_paper(rows, make_model, tokenizer, config_kwargs, 
     assert "- wit\n" in card
     assert card.endswith("prompt_loss_weight: 0.2, completion_loss_weight: 0.8\n")
     assert "wit" in trainer.model.model_tags
+    make_trainer(make_model, tokenizer, rows, config_kwargs | {"loss_type": "dft"}).create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert card.endswith("prompt_loss_weight: 0.2, completion_loss_weight: 0.8, loss_type: dft\n")
 
 
 def test_gradient_checkpointing_changes_nothing(rows, make_model, tokenizer, config_kwargs):

@@ -2,7 +2,8 @@
 
 import textwrap
 from pathlib import Path
-from typing import Any
+
+from .config import LOSS_SETTINGS, WITSFTConfig
 
 
 PAPER = {
@@ -21,8 +22,10 @@ PAPER = {
 }
 
 
-def add_weights(folder: str, settings: dict[str, Any]) -> None:
-    """Adds the weights, and what else decides about the loss, to the card in a folder."""
-    shown = ", ".join(f"{name}: {value}" for name, value in settings.items())
-    with Path(folder, "README.md").open("a", encoding="utf-8") as card:
+def add_weights(args: WITSFTConfig) -> None:
+    """Adds the weights of prompt and completion to the card in `output_dir`, and what else of the loss was set."""
+    defaults = {name: args.__dataclass_fields__[name].default for name in LOSS_SETTINGS[2:]}
+    names = [*LOSS_SETTINGS[:2], *(name for name, default in defaults.items() if getattr(args, name) != default)]
+    shown = ", ".join(f"{name}: {getattr(args, name)}" for name in names)
+    with Path(args.output_dir, "README.md").open("a", encoding="utf-8") as card:
         card.write(f"\n## Weights of the loss\n\n{shown}\n")

@@ -11,7 +11,7 @@ from trl import SFTTrainer
 
 from ._upstream import keep_gradient_of_4bit_weights
 from .checkpoints import LossWeightsCallback, checkpoint_to_resume
-from .config import LOSS_SETTINGS, WITSFTConfig, loss_weights
+from .config import WITSFTConfig, loss_weights
 from .data_collator import DataCollatorForWIT
 from .data_preparation import DataPreparation, check_train_dataset
 from .lm_head import prepare_lm_head, weighted_forward
@@ -213,7 +213,8 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         """Writes TRL's model card, with the weights."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_weights(self.args.output_dir, {name: getattr(self.args, name) for name in LOSS_SETTINGS})
+            loss_weights(self.args, self.data_collator)  # checks that they agree
+            add_weights(self.args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)
