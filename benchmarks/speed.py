@@ -3,6 +3,7 @@ Time and memory of the LM head with its loss, and of the whole training step, si
 
     python benchmarks/speed.py [--output runs/speed] [--repeats 5]
     python benchmarks/speed.py --scaling  # of the head, from 1k to 32k tokens
+    python benchmarks/speed.py --device cuda [--curves]  # on a GPU, with other cases: gpu.py
 
 Each contender runs in a process of its own, all on the same data. Prints a table of medians, and writes `speed.json`
 and `speed.png` (`scaling.json` and `scaling.png`). Memory is the peak resident set over what is resident before the
@@ -48,12 +49,12 @@ STEP_CASES = {
 STEP_CONTENDERS = ("wit_trl", "trl", "trl_loss_func", "original", "cce", "liger")
 
 
-def loss_function(contender: str):
+def loss_function(contender: str, device: str = "cpu"):
     """A function of hidden states, head, targets, token weights and divisor that returns the loss."""
     if contender == "wit_trl":
         from wit_trl import weighted_linear_cross_entropy
 
-        return lambda *args: weighted_linear_cross_entropy(*args).loss
+        return lambda *args: weighted_linear_cross_entropy(*args, fused_head="one_pass").loss
 
     if contender == "trl":
         from trl.kernels import ChunkedLogProbFunction
@@ -71,7 +72,8 @@ def loss_function(contender: str):
         from cut_cross_entropy import linear_cross_entropy
 
         def log_probs(hidden, weight, targets):
-            return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl="torch_compile").float()
+            impl = "torch_compile" if device == "cpu" else "cce"  # whose own kernel is for GPUs
+            return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl).float()
 
     else:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -273,10 +275,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="run the cases whose name holds this")
     parser.add_argument("--scaling", action="store_true", help="run the head with more and more tokens")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu")
+    parser.add_argument("--curves", action="store_true", help="on a GPU, compare the losses of 200 steps with TRL's")
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure(*args.worker, args.repeats)))
+        return
+    if args.device != "cpu":
+        import gpu
+
+        gpu.main(args.device, args.output, args.repeats, args.curves)
         return
 
     results = {}

@@ -1,12 +1,15 @@
 """`examples/sft_wit.py` as users start it, in processes of its own."""
 
+import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -51,6 +54,26 @@ def test_embedded_default_learns_and_shows_it(tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "A held-out prompt:\n\nWrite the Python function" in output
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 2048
+
+
+def test_losses_that_depend_on_the_prediction(tmp_path):
+    spec = importlib.util.spec_from_file_location("token_factors", REPOSITORY / "examples" / "token_factors.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    arguments = {"output_dir": str(tmp_path), "max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    trainer = example.main("EntropyTrainer", **arguments, bf16=False)
+    vocab_size = trainer.model.config.vocab_size
+    first = trainer.state.log_history[0]
+    nll = torch.tensor([0.1, 3.0])
+    weights = trainer.weight_report().loss_weights
+    # An untrained model is as unsure as can be: the factors are about 1
+    assert first["entropy"] == pytest.approx(math.log(vocab_size), rel=0.02)
+    assert first["loss"] < max(weights) * math.log(vocab_size)
+    assert trainer.token_factors(nll, torch.tensor([0.0, math.log(vocab_size)])).tolist() == pytest.approx([0, 1])
+    trainer = example.main("ProFitTrainer", **arguments, bf16=False)
+    assert trainer.token_factors(nll, nll).tolist() == [1, 1]
+    assert trainer.token_factors(nll + 7, nll).tolist() == [1, 0]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(first["loss"], rel=0.02)
 
 
 def test_full_fine_tuning_on_a_local_file(model_folder, jsonl, tmp_path):

@@ -219,6 +219,40 @@ def test_gradient_does_not_underflow_in_float16():
         assert relative_error(x.grad, gradient * scale) < 1e-2
 
 
+def test_small_probabilities_have_a_gradient_in_float16():
+    """Below 6e-8 float16 has nothing, which no scaling of the loss brings back."""
+    inputs, targets, token_weights = head_inputs(64, torch.float16)
+    with torch.no_grad():
+        inputs[2][50:] = -12  # tokens of a probability of about 1e-8
+        inputs[1][50:] *= 0.1
+    targets = targets % 50
+    loss = weighted_linear_cross_entropy(*inputs[:2], targets, token_weights, bias=inputs[2]).loss
+    (loss * 2.0**16).backward()  # as a GradScaler does
+    *_, gradients = full_logits(inputs, targets, token_weights)
+    expected = gradients[2] * 2.0**16
+    assert 0 < gradients[2][50:].max() < 6e-8 < expected[50:].min()
+    assert relative_error(inputs[2].grad[50:], expected[50:]) < 1e-2
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert relative_error(x.grad, gradient * 2.0**16) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "row_bytes", "expected"),
+    [
+        (8192, 128256 * 2, 2048),  # half a GiB of logits
+        (8192, 32064 * 2, 4096),  # more rows than these are no faster
+        (8192, 128256 * 4, 2048),  # fewer are slow, so they may take a GiB
+        (8192, 2**20, 1024),
+        (5000, 128256 * 2, 1792),  # three chunks of the same size, in whole tiles
+        (4097, 32064 * 2, 2176),
+        (100, 128256 * 2, 100),
+        (0, 128256 * 2, 1),
+    ],
+)
+def test_chunks_of_a_gpu_are_of_the_same_size(tokens, row_bytes, expected):
+    assert one_pass._chunk_rows(tokens, row_bytes, True, False) == expected
+
+
 def test_second_backward_raises():
     inputs, targets, token_weights = head_inputs(4, bias=False)
     loss = weighted_linear_cross_entropy(*inputs, targets, token_weights).loss
