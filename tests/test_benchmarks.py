@@ -59,4 +59,4 @@ def test_contender_that_cannot_run_says_why(gpu, capsys):
         raise torch.OutOfMemoryError("out of memory")
 
     assert gpu.compare("head", ("wit_trl",), measure) == {}
-    assert "did not run: out of memory" in capsys.readouterr().out
+    assert "did not run: OutOfMemoryError('out of memory')" in capsys.readouterr().out

@@ -121,20 +121,6 @@ def test_qlora_on_data_of_another_schema(model_folder, prompt_completion, tmp_pa
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_model_without_data_is_refused(model_folder):
-    error = launch("--model_name_or_path", model_folder, check=False)
-    assert "Pass both --model_name_or_path and --dataset_name, or neither" in error
-
-
-def test_missing_split_is_named(model_folder, jsonl, tmp_path):
-    error = launch(
-        *("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--output_dir", tmp_path / "out"),
-        *("--eval_strategy", "steps"),
-        check=False,
-    )
-    assert "\nerror: The data set has no split 'test', only ['train']. Choose with --dataset_train_split" in error
-
-
 def test_resumes_from_the_last_checkpoint(model_folder, jsonl, tmp_path):
     arguments = [
         *("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--output_dir", tmp_path / "out"),

@@ -195,6 +195,78 @@ def test_head_without_gradient():
     assert not output.loss.requires_grad
 
 
+def test_evaluation_costs_one_product(monkeypatch):
+    inputs, targets, token_weights = head_inputs(20, bias=True)
+    for products in (0, 2):
+        added = []
+        monkeypatch.setattr(one_pass, "_add_product", lambda *args, **kwargs: added.append(args))  # noqa: B023
+        with torch.set_grad_enabled(products > 0):
+            weighted_linear_cross_entropy(*inputs[:2], targets, token_weights, bias=inputs[2])
+        assert len(added) == products
+
+
+@pytest.mark.parametrize("fused_head", ["one_pass", "trl"])
+def test_factors_get_copies_of_what_is_scored(fused_head):
+    inputs, targets, token_weights = head_inputs(20, bias=False)
+    expected = weighted_linear_cross_entropy(*inputs, targets, token_weights, fused_head=fused_head)
+    learned = torch.ones((), requires_grad=True)
+    seen = []
+
+    def factors(nll, entropy):
+        seen.append(len(nll))
+        entropy.zero_()
+        return nll.neg_().exp_() * learned
+
+    output = weighted_linear_cross_entropy(
+        *inputs, targets, token_weights, token_factors=factors, fused_head=fused_head
+    )
+    assert torch.equal(output.nll, expected.nll)
+    assert torch.equal(output.entropy, expected.entropy)
+    output.loss.backward()
+    assert learned.grad is None
+    count = token_weights.count_nonzero()
+    assert sum(seen) == count
+    loss = (token_weights * torch.exp(-expected.nll) * expected.nll).sum() / count
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_unknown_head_is_refused():
+    inputs, targets, token_weights = head_inputs(4, bias=False)
+    with pytest.raises(
+        ValueError, match=r"`fused_head` is 'onepass', but must be one of \('auto', 'one_pass', 'trl'\)"
+    ):
+        weighted_linear_cross_entropy(*inputs, targets, token_weights, fused_head="onepass")
+
+
+@pytest.mark.parametrize(
+    ("hidden_dtype", "head_dtype"), [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
+)
+def test_head_of_another_dtype_than_the_hidden_states(chunks, hidden_dtype, head_dtype):
+    inputs, targets, token_weights = head_inputs(50, bias=False)
+    inputs = [
+        x.detach().to(dtype).requires_grad_() for x, dtype in zip(inputs, (hidden_dtype, head_dtype), strict=True)
+    ]
+    loss = weighted_linear_cross_entropy(*inputs, targets, token_weights, 10**6).loss
+    (loss * 2.0**16).backward()
+    *_, gradients = full_logits(inputs, targets, token_weights)
+    scale = 2.0**16 * token_weights.count_nonzero().item() / 10**6
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert relative_error(x.grad, gradient * scale) < (1e-6 if x.dtype == torch.float32 else 4e-3)
+
+
+def test_float16_has_room_for_factors_and_signs():
+    inputs, targets, _ = head_inputs(20, torch.float16, bias=False)
+    token_weights = torch.where(torch.arange(20) % 2 == 0, 0.8, -0.2)
+    factor = 50.0
+    loss = weighted_linear_cross_entropy(
+        *inputs, targets, token_weights, token_factors=lambda nll, entropy: torch.full_like(nll, factor)
+    ).loss
+    loss.backward()
+    *_, gradients = full_logits(inputs, targets, token_weights)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert relative_error(x.grad, gradient * factor) < 1e-2
+
+
 def test_head_in_autocast_multiplies_in_bfloat16():
     inputs, targets, token_weights = head_inputs(50, bias=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):

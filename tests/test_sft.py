@@ -44,6 +44,18 @@ def test_missing_model_is_named_with_what_to_check(name, error, jsonl):
     )
 
 
+def test_model_without_data_is_refused(error, model_folder):
+    message = error("--model_name_or_path", model_folder)
+    assert message.startswith("error: Pass both --model_name_or_path and --dataset_name, or neither")
+
+
+def test_missing_split_is_named(error, model_folder, jsonl):
+    message = error("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--eval_strategy", "steps")
+    assert message.startswith(
+        "error: The data set has no split 'test', only ['train']. Choose with --dataset_train_split"
+    )
+
+
 def test_folder_without_a_model_keeps_its_error(error, jsonl, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "Unrecognized" in error("--model_name_or_path", "empty", "--dataset_name", jsonl)
@@ -127,8 +139,9 @@ def test_two_processes_on_a_cpu_from_a_yaml_file(model_folder, jsonl, tmp_path):
     config = {"model_name_or_path": "model", "dataset_name": str(jsonl), "output_dir": "out", "bf16": False}
     config |= {"max_steps": 1, "per_device_train_batch_size": 3, "report_to": "none", "accelerate_config": "fsdp"}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    process = wit_trl("sft", "--config", "config.yaml", *TWO_PROCESSES, cwd=tmp_path)
+    process = wit_trl("sft", "--config", "config.yaml", *TWO_PROCESSES, "--loss_type", "dft", cwd=tmp_path)
     assert process.stdout.count("What is weighted in") == 1
+    assert "factor of each token in training" in process.stdout
     assert "Model and loss curves (losses.png) saved to out." in process.stdout
     state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 3

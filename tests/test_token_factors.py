@@ -147,6 +147,18 @@ def test_mean_does_not_jump_where_the_prompt_joins_in(rows, make_model, tokenize
     assert log["loss"] == pytest.approx((sums[1] / counts[1]).item(), rel=1e-6)
 
 
+def test_factors_of_a_trainer_may_be_set_on_it(rows, make_model, tokenizer, config_kwargs):
+    recorder = StepRecorder()
+    config_kwargs |= {"max_steps": 1, "max_grad_norm": 0.0}
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, callbacks=[recorder])
+    trainer.token_factors = probability
+    trainer.train()
+    model = make_model().double()
+    assert_same_step(
+        recorder.logs[0], recorder.gradients[0], model, loss_with_factors(model, rows, WEIGHTS, probability)
+    )
+
+
 def test_table_says_what_multiplies_and_divides_the_loss(rows, make_model, tokenizer, config_kwargs, capsys):
     train(WITSFTTrainer, rows, make_model, tokenizer, config_kwargs, loss_type="dft", loss_divisor="weights")
     shown = " ".join(capsys.readouterr().out.split())

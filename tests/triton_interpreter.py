@@ -15,7 +15,7 @@ from wit_trl import weighted_linear_cross_entropy
 from wit_trl.kernels import one_pass, rows
 
 
-HIDDEN, TOKENS = 16, 7
+HIDDEN, TOKENS = 16, 4
 # Of the gradients and of the nll. The interpreter truncates where the hardware rounds, so only float32 is judged
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -39,7 +39,7 @@ def on_triton(monkeypatch):
 def make_inputs(dtype, vocab, bias):
     torch.manual_seed(0)
     inputs = [torch.randn(TOKENS, HIDDEN), torch.randn(vocab, HIDDEN), *[torch.randn(vocab)] * bias]
-    weights = torch.tensor([0.3, 0.0, 0.8, 1e-3, 2.0, 0.0, 0.8])
+    weights = torch.tensor([0.3, 0.0, 1e-3, 2.0])
     return [x.to(dtype).requires_grad_() for x in inputs], torch.randint(vocab, (TOKENS,)), weights
 
 

@@ -101,7 +101,7 @@ class WITSFTConfig(SFTConfig):
         metadata={
             "help": "Factor for the loss of each token in training: none (nll, or wit, another name of it), or its own "
             "probability (dft, Dynamic Fine-Tuning, https://huggingface.co/papers/2508.05629).",
-            "choices": ["nll", "wit", "dft"],
+            "choices": ["nll", "wit", "dft", "chunked_nll"],
         },
     )
     loss_divisor: str = field(

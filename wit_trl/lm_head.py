@@ -106,7 +106,10 @@ def weighted_forward(
     if "shift_labels" in inputs:
         scored = inputs["shift_labels"] != -100
     else:
-        scored, token_weights = inputs["labels"][:, 1:] != -100, token_weights[:, 1:]
+        labels = inputs["labels"].clone()
+        labels[:, 0] = -100  # which nothing predicts, unless prompt learning puts virtual tokens in front
+        inputs = {**inputs, "labels": labels}
+        scored, token_weights = labels[:, 1:] != -100, token_weights[:, 1:]
     kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors, fused_head)
     try:
         with use_kernel(kernel):
@@ -156,6 +159,7 @@ class _WeightedKernel:
         self.has_run = True
         device = hidden_states.device
         token_weights, scored = self._token_weights.to(device), self._scored.to(device)
+        divisor = torch.as_tensor(self._num_items_in_batch, device=device)
         is_compact = scores_labelled_rows_alone(device)
         if is_compact:  # their number is known, so the host need not wait until they are found
             labelled = scored.reshape(-1).byte().argsort(descending=True, stable=True)[: len(targets)]
@@ -164,7 +168,7 @@ class _WeightedKernel:
             virtual = len(targets) // len(scored) - scored.size(1)
             token_weights, scored = (F.pad(x, (virtual, 0)).reshape(-1) for x in (token_weights, scored))
         loss, nll, entropy, is_top1 = weighted_linear_cross_entropy(
-            *(hidden_states, weight, targets, token_weights, self._num_items_in_batch),
+            *(hidden_states, weight, targets, token_weights, divisor),
             bias=bias,
             logit_scale=logit_scale,
             softcap=softcap,

@@ -1,5 +1,6 @@
 """The public loss functions: `wit_loss`, the reference form; `weighted_linear_cross_entropy`, without full logits."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -131,24 +132,33 @@ def weighted_linear_cross_entropy(
         token_factors (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
             Returns factors for the weights of tokens, from their negative log-likelihoods and entropies, without
             gradient, in nats. It gets some of the scored tokens at a time, so each factor has to follow from its own
-            token.
+            token. In float16, factors above 64 may overflow.
         fused_head (`str`, *optional*, defaults to `"auto"`):
             Which kernel runs: `"one_pass"`, `"trl"`, or `"auto"`, the first on a CPU and the second elsewhere.
 
     Raises:
+        `ValueError`: there is no such `fused_head`.
         `RuntimeError`: the loss is differentiated a second time.
     """
     if num_items_in_batch is None:
         num_items_in_batch = (token_weights != 0).sum()
     if scored is None:
         scored = token_weights != 0
+    if fused_head not in FUSED_HEADS:
+        raise ValueError(f"`fused_head` is {fused_head!r}, but must be one of {FUSED_HEADS}.")
     if fused_head == "auto":
         fused_head = "one_pass" if hidden_states.device.type in _ONE_PASS_DEVICES else "trl"
     kernel = one_pass.weighted_nll if fused_head == "one_pass" else _weighted_nll_of_trl
+    factors = None if token_factors is None else functools.partial(_factors_of_copies, token_factors)
     token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
     return LinearCrossEntropyOutput(
-        *kernel(hidden_states, weight, bias, targets, token_weights, scored, logit_scale, softcap, token_factors)
+        *kernel(hidden_states, weight, bias, targets, token_weights, scored, logit_scale, softcap, factors)
     )
+
+
+@torch.no_grad()
+def _factors_of_copies(token_factors: TokenFactors, nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    return token_factors(nll.clone(), entropy.clone())
 
 
 def _weighted_nll_of_trl(
@@ -179,7 +189,8 @@ def _weighted_nll_of_trl(
     )
     nll, entropy = -log_probs, entropy.detach()
     if token_factors is not None:
-        token_weights = token_weights * token_factors(nll.detach(), entropy)
+        of_scored = slice(None) if scored is True else scored
+        token_weights[of_scored] *= token_factors(nll[of_scored], entropy[of_scored])
     if isinstance(scored, torch.Tensor):
         nll, entropy, is_top1 = nll.where(scored, 0), entropy.where(scored, 0), is_top1 & scored
         token_weights = token_weights.where(scored, 0)

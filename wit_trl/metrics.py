@@ -120,7 +120,7 @@ class TrainingSums:
         self._num_tokens += num_tokens
         self._micro_batches += 1
         if aux_loss is not None:
-            self._aux_loss += aux_loss.detach()
+            self._aux_loss += aux_loss.detach().to(self._aux_loss)
             self._has_aux_loss = True
 
     def num_tokens(self, accelerator: Accelerator) -> int:

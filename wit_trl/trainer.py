@@ -37,6 +37,8 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
 
     $$\\mathcal{L} = -\\frac{1}{N} \\sum_t w_t \\log p(x_t \\mid x_{<t})$$
 
+    With `loss_divisor="weights"`, \\( N \\) is the sum of the weights. In training, `token_factors` multiply them.
+
     The completion region is what TRL would train on by itself: the completion of a prompt-completion data set, the
     assistant's turns of a conversation, all of a plain text. All other tokens are the prompt. The weight of a token is
     that of its region, times what the data says: `"weight"` of a row or a message, `"token_weights"` of tokenized rows.
@@ -187,8 +189,8 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         dataset, weights = self.train_dataset, loss_weights(self.args, self.data_collator)
         settings: dict[str, Any] = {"structure": self.args.structure_weights, "loss_divisor": self.args.loss_divisor}
         if self._has_token_factors():
-            is_own = type(self).token_factors is WITSFTTrainer.token_factors
-            settings["token_factors"] = "its probability (dft)" if is_own else f"{type(self).__name__}.token_factors"
+            name = f"{type(self).__name__}.token_factors"
+            settings["token_factors"] = name if self._has_own_token_factors() else "its probability (dft)"
         if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
             rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
             partial = not isinstance(dataset, Dataset) or len(rows) < len(dataset)
@@ -247,7 +249,7 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         loss = outputs.loss
         if self.aux_loss_enabled:  # a mean over the micro-batch, as in TRL
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss.to(loss.device) / steps
         first = completion_mask.size(1) - nll.size(1)  # the first target
         terms = loss_terms(
             nll, outputs, token_weights[:, first:].to(nll.device), completion_mask[:, first:].to(nll.device)
@@ -277,7 +279,8 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
 
         The kernels call it while the logits exist, with some of the scored tokens at a time, so each factor has to
         follow from its own token. The factors multiply the weights of the tokens, but leave the divisor alone: a token
-        of factor 0 is counted. Evaluation, and the losses of the regions, are without them.
+        of factor 0 is counted. Evaluation, and the losses of the regions, are without them. In float16, factors above
+        64 may overflow.
 
         Args:
             nll (`torch.Tensor` of shape `(N,)`):
@@ -288,7 +291,10 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         return torch.exp(-nll) if self.args.loss_type == "dft" else torch.ones_like(nll)
 
     def _has_token_factors(self) -> bool:
-        return self.args.loss_type == "dft" or type(self).token_factors is not WITSFTTrainer.token_factors
+        return self.args.loss_type == "dft" or self._has_own_token_factors()
+
+    def _has_own_token_factors(self) -> bool:
+        return getattr(self.token_factors, "__func__", None) is not WITSFTTrainer.token_factors
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         count = super()._get_num_items_in_batch(batch_samples, device)

@@ -160,7 +160,7 @@ def results(folder, scenario):
 def parameters(folder, scenario):
     (file,) = (folder / scenario).glob("*model.safetensors")
     parameters = load_file(file)
-    if scenario == "tied":  # the tied weight is saved under one of two names
+    if SCENARIOS[scenario][1] == "tied":  # the tied weight is saved under one of two names
         parameters.setdefault("lm_head.weight", parameters.pop("model.embed_tokens.weight", None))
     return parameters
 

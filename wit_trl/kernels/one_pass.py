@@ -1,5 +1,6 @@
 """The weighted loss of an LM head and its gradient in one pass, on any device."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ _GPU_CHUNK_BYTES = (512 << 20, 1024 << 20)
 _BLOCK_BYTES = 2 << 20
 # Above this number of chunks the gradient of a 16-bit head is summed in float32
 _MAX_CHUNKS_IN_16_BITS = 4
-_LARGEST_GRADIENT_IN_FLOAT16 = 2**12  # of a logit; factors of tokens, and no more than that, may add to it
+_LARGEST_GRADIENT_IN_FLOAT16 = 2**10  # of a logit, before factors of tokens, which have room up to 64
 
 
 def weighted_nll(
@@ -53,6 +54,9 @@ def weighted_nll(
     the float32 sums inside the product), in float32 above. In float16, where a gradient below 6e-8 is none, the rows
     are scaled by a power of two, and the products stay in float32 until the backward pass takes it back.
     """
+    if not torch.is_grad_enabled():  # else a parameter would get a gradient that nobody asks for
+        hidden_states, weight = hidden_states.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     index = scored.nonzero().squeeze(1) if isinstance(scored, torch.Tensor) else None
     # Autocast would cast inside each product; the casts below are made once
     device = hidden_states.device.type
@@ -82,12 +86,12 @@ class _WeightedNLL(torch.autograd.Function):
         head = weight.to(hidden_states.dtype)
         pitch = -(-vocab // 64) * 64 if uses_triton else vocab  # so that every row of a GPU is aligned
         count = _chunk_rows(n, pitch * hidden_states.element_size(), uses_triton, needs_weight)
-        in_float32 = torch.float32 if n > _MAX_CHUNKS_IN_16_BITS * count else None
+        is_half = torch.float16 in (hidden_states.dtype, weight.dtype)
+        in_float32 = n > _MAX_CHUNKS_IN_16_BITS * count or is_half or weight.dtype != hidden_states.dtype
         token_weights = token_weights.to(torch.float32, copy=True)
         ctx.scale = None
         if hidden_states.dtype == torch.float16:
-            in_float32 = torch.float32
-            largest = torch.cat([token_weights, token_weights.new_full((1,), 1e-30)]).max() * abs(logit_scale)
+            largest = torch.cat([token_weights.abs(), token_weights.new_full((1,), 1e-30)]).max() * abs(logit_scale)
             ctx.scale = torch.exp2(torch.floor(torch.log2(_LARGEST_GRADIENT_IN_FLOAT16 / largest)))
             token_weights *= ctx.scale
 
@@ -99,7 +103,8 @@ class _WeightedNLL(torch.autograd.Function):
             dtype = hidden_states.dtype if ctx.scale is None else torch.float32
             grad_hidden = torch.zeros_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format)
         if needs_weight:
-            grad_weight = torch.zeros_like(weight, dtype=in_float32, memory_format=torch.contiguous_format)
+            dtype = torch.float32 if in_float32 else None
+            grad_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         if needs_bias:
             grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         score_rows = rows.score if uses_triton else score
@@ -121,7 +126,7 @@ class _WeightedNLL(torch.autograd.Function):
                 grad_bias += z.sum(0, dtype=torch.float32)
         ctx.gradients = [grad_hidden, grad_weight, grad_bias]
         ctx.dtypes = [hidden_states.dtype, weight.dtype, bias.dtype if needs_bias else None]
-        if ctx.scale is None:
+        if not is_half:  # which may have to wait for a scale of the loss
             ctx.gradients = _cast(ctx.gradients, ctx.dtypes)
         ctx.mark_non_differentiable(nll, entropy, is_top1)
         weighted_sum = torch.dot(nll, token_weights)
@@ -160,11 +165,11 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first
     elif total.is_cuda:  # without rounding the product
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        for start in range(0, len(total), 16384):
-            part = a[start : start + 16384]
-            # A product in float16 may overflow
-            product = torch.mm(part.float(), b.float()) if a.dtype == torch.float16 else torch.mm(part, b)
-            total[start : start + 16384] += product
+        for start, inner in itertools.product(range(0, len(a), 16384), range(0, len(b), 16384)):
+            part, other = a[start : start + 16384, inner : inner + 16384], b[inner : inner + 16384]
+            if a.dtype == torch.float16:  # in which a product may overflow
+                part, other = part.float(), other.float()
+            total[start : start + 16384] += torch.mm(part, other)
 
 
 def _cast(gradients: list[torch.Tensor | None], dtypes: list[torch.dtype | None]) -> list[torch.Tensor | None]:

@@ -26,7 +26,8 @@ def score(
 ) -> None:
     """
     Does the same as `one_pass.score`: one program reads a row, and overwrites it while it is in the cache. Where
-    factors are to be asked for in between, the gradient is another launch, which reads the row again.
+    factors are to be asked for in between, the gradient is another launch, which reads the row again. What fills up a
+    row to its stride is read and written as well, so that all of it is wide loads and stores.
     """
     maximum, normaliser = torch.empty_like(nll), torch.empty_like(nll)
     launch = functools.partial(
@@ -93,7 +94,7 @@ def _score_rows(
         dot = 0.0  # sum of exp(z - maximum) * (z - maximum)
         for start in range(0, n_columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            z = tl.load(logits_ptr + column, mask=column < n_columns, other=0.0).to(tl.float32)
+            z = tl.load(logits_ptr + column, mask=column < row_stride, other=0.0).to(tl.float32)
             z = tl.where(column < n_columns, _transform(z, logit_scale, softcap, HAS_SOFTCAP), -float("inf"))
             before_target = tl.maximum(before_target, tl.max(tl.where(column < target, z, -float("inf")), 0))
             new_maximum = tl.maximum(maximum, tl.max(z, 0))
@@ -114,13 +115,13 @@ def _score_rows(
         factor = tl.load(weight_ptr + row) * logit_scale
         for start in range(0, n_columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            raw = tl.load(logits_ptr + column, mask=column < n_columns, other=0.0).to(tl.float32)
+            raw = tl.load(logits_ptr + column, mask=column < row_stride, other=0.0).to(tl.float32)
             gradient = tl.exp(_transform(raw, logit_scale, softcap, HAS_SOFTCAP) - maximum) / normaliser
             gradient = tl.where(column == target, gradient - 1, gradient) * factor
             if HAS_SOFTCAP:
                 x = 2 * raw * logit_scale / softcap
                 gradient *= 4 * tl.sigmoid(x) * tl.sigmoid(-x)  # 1 - tanh², without cancellation
-            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < n_columns)
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < row_stride)
 
 
 @triton.jit
