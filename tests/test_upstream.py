@@ -159,7 +159,7 @@ TABLE = {
     "accelerate:Accelerator.gather_for_metrics": (
         "self, input_data, use_gather_object",
         {"ddc20a024757", "601e68c2b3e1"},
-        "metrics.sum_over_ranks: which examples fill up the last batch",
+        "metrics.gather_examples: which examples fill up the last batch",
     ),
     "deepspeed.runtime.sequence_parallel.ulysses_sp:UlyssesSPDataLoaderAdapter": (
         "dl, sp_rank, sp_group, sp_world_size, device",

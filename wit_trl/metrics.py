@@ -158,6 +158,7 @@ class EvaluationSums:
     def __init__(self, accelerator: Accelerator, divisor: str, repeats: int = 1):
         self._accelerator, self._divisor, self._repeats = accelerator, divisor, repeats
         self._tokens = TokenSums()
+        self._rows: list[torch.Tensor] = []
         self._losses: list[float] = []
         self._aux_losses: list[float] = []
 
@@ -192,12 +193,25 @@ class EvaluationSums:
             example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
             by_example = terms.new_zeros(len(example_lengths), terms.size(2))
             by_example.index_add_(0, example, terms[0, : len(example)])
-        sums = sum_over_ranks(self._accelerator, by_example, self._repeats).tolist()
-        self._tokens = TokenSums(*(a + b for a, b in zip(self._tokens, sums, strict=True)))
+        rows = gather_examples(self._accelerator, by_example, self._repeats)
+        self._rows.append(rows)
+        self._tokens = TokenSums(*(a + b for a, b in zip(self._tokens, rows.sum(0).tolist(), strict=True)))
         if loss is not None:  # as `Trainer` gathers what the subclass returns
             self._losses += self._accelerator.gather_for_metrics(loss.detach().repeat(len(by_example))).tolist()
         if aux_loss is not None:
             self._aux_losses.append(self._accelerator.gather_for_metrics(aux_loss).mean().item())
+
+    def rows(self) -> dict[str, list[float]]:
+        """
+        Returns of each row, in the order of the evaluation, the sum of the negative log-likelihoods of each region, in
+        nats, and its number of tokens. Of a stream on several ranks the rows cannot be told apart.
+        """
+        sums = TokenSums(*torch.cat(self._rows).unbind(1))
+        rows = {}
+        for region in ("prompt", "completion"):
+            rows[f"{region}_nll"] = getattr(sums, f"{region}_nll").tolist()
+            rows[f"{region}_tokens"] = getattr(sums, f"{region}_count").long().tolist()
+        return rows
 
     def metrics_of_trl(self) -> dict[str, float]:
         """Returns the means that TRL logs."""
@@ -216,17 +230,17 @@ class EvaluationSums:
         return metrics | (own if math.isclose(mean, loss_of_trainer, rel_tol=1e-6) else {})
 
 
-def sum_over_ranks(accelerator: Accelerator, by_example: torch.Tensor, repeats: int) -> torch.Tensor:
+def gather_examples(accelerator: Accelerator, by_example: torch.Tensor, repeats: int) -> torch.Tensor:
     """
-    Returns the sum over the examples `(n, ...)` of all ranks, in float64 on the CPU, without those that only fill up
-    the last batch, and without the batches that `repeats` ranks have in common.
+    Returns the examples `(n, ...)` of all ranks, in float64 on the CPU, without those that only fill up the last batch,
+    and without the batches that `repeats` ranks have in common. Of a stream, only their sum, as one example.
 
     As accelerate's `gather_for_metrics`, which does not know of repeated batches. Their ranks follow each other.
     """
     state = accelerator.gradient_state
     if state.in_dataloader and state.remainder < 0:  # a stream: what fills up its last batch cannot be told
-        return accelerator.reduce(by_example.sum(0)).cpu().double() / repeats
+        return accelerator.reduce(by_example.sum(0, keepdim=True)).cpu().double() / repeats
     gathered = accelerator.gather(by_example).unflatten(0, (-1, repeats, len(by_example)))[:, 0].flatten(0, 1)
     if state.end_of_dataloader and state.remainder > 0:
         gathered = gathered[: state.remainder]
-    return gathered.cpu().double().sum(0)
+    return gathered.cpu().double()

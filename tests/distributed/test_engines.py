@@ -188,6 +188,8 @@ def test_evaluation_equals_one_process(engine, scenario, two_processes, one_proc
     actual, expected = results(two_processes(engine), scenario)["metrics"], results(one_process, scenario)["metrics"]
     for key in ("eval_loss", "eval_prompt_loss", "eval_completion_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert actual[key] == pytest.approx(expected[key], rel=1e-5), key
+    rows, expected_rows = (results(folder, scenario)["rows"] for folder in (two_processes(engine), one_process))
+    assert rows == [pytest.approx(row, rel=1e-5) for row in expected_rows]
 
 
 def test_evaluation_of_a_stream_equals_that_of_stored_rows(tmp_path):

@@ -174,6 +174,7 @@ def run(folder, scenario, batch_size, accumulation):
     trainer = make_trainer(folder, scenario, batch_size, accumulation, **arguments)
     trainer.train()
     metrics = trainer.evaluate()
+    rows = trainer.evaluate_rows().to_list()
     if fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
             parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}
@@ -188,7 +189,7 @@ def run(folder, scenario, batch_size, accumulation):
             trainer._save(str(folder / scenario), state_dict=parameters)
     else:
         trainer.save_model()
-    write_results(trainer, folder / scenario, metrics=metrics)
+    write_results(trainer, folder / scenario, metrics=metrics, rows=rows)
 
 
 def write_results(trainer, folder, **results):
