@@ -93,7 +93,9 @@ def test_losses_of_ones_own_are_those_that_are_tested():
 
     documented = classes("\n".join(blocks("docs/weights.md", "python")))
     tested = classes(Path(test_subclass.__file__).read_text(encoding="utf-8"))
-    assert set(documented) == {"Regularised", "OnFullLogits"}
+    examples = classes((REPOSITORY / "examples" / "token_factors.py").read_text(encoding="utf-8"))
+    assert set(documented) == {"Regularised", "OnFullLogits", "ProFitTrainer"}
+    assert documented.pop("ProFitTrainer") == examples["ProFitTrainer"]
     assert documented == {name: tested[name] for name in documented}
 
 
@@ -101,7 +103,7 @@ def test_loop_of_ones_own_takes_the_step_of_the_formula():
     """The loop ends with the gradients of both micro-batches."""
     torch.manual_seed(0)
     code = "\n".join(blocks("docs/weights.md", "python"))
-    loop = code[code.index("import torch\n") : code.index("optimizer.step()")]
+    loop = code[code.index("import torch\nfrom wit_trl import DataCollatorForWIT") : code.index("optimizer.step()")]
     namespace = {}
     exec(loop, namespace)
     model = namespace["model"]
@@ -212,7 +214,7 @@ def test_links_lead_to_files_and_headings(page):
 
 def test_files_that_are_named_exist():
     for page, text in PAGES.items():
-        for name in re.findall(r"\b(?:accelerate_configs|benchmarks|docs|examples|tests|wit_trl)/[\w*./]*[\w/]", text):
+        for name in re.findall(r"\b(?:accelerate_configs|benchmarks|docs|examples|tests|wit_trl)/[\w*./-]*[\w/]", text):
             assert list(REPOSITORY.glob(name)), f"{page}: {name}"
 
 

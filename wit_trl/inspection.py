@@ -14,6 +14,7 @@ from rich.style import Style
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from .advice import advise
 from .data_collator import DataCollatorForWIT
 from .report import WeightReport
 from .weights import REGIONS
@@ -144,9 +145,10 @@ def show_page(
     rows: Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     report: WeightReport,
+    epochs: float,
 ) -> None:
     """
-    Prints rows and the report of the whole training set.
+    Prints rows, the report of the whole training set, and what is known of such data.
 
     Args:
         console ([`~rich.console.Console`]):
@@ -157,6 +159,8 @@ def show_page(
             Tokenizer that made them.
         report ([`WeightReport`]):
             Report of the training set.
+        epochs (`float`):
+            How often the training sees it.
     """
     legend = Text()
     for region, weight in enumerate(report.loss_weights):
@@ -174,6 +178,7 @@ def show_page(
         console.print(show_row(row, tokenizer, report.loss_weights), soft_wrap=True)
     console.print()
     console.print(report)
+    console.print(Text(f"\n{advise(report, epochs)}"))
 
 
 def html_page(
@@ -181,11 +186,12 @@ def html_page(
     rows: Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     report: WeightReport,
+    epochs: float,
     histogram: bytes,
 ) -> str:
     """Returns the page of `show_page`, under a title of any number of lines, and the histogram (PNG) as HTML."""
     console = Console(file=io.StringIO(), record=True, width=100)
-    show_page(console, rows, tokenizer, report)
+    show_page(console, rows, tokenizer, report, epochs)
     page = _HTML.replace("HISTOGRAM", base64.b64encode(histogram).decode())
     # rich reads braces as its own
     title = html.escape(title.strip()).replace("{", "{{").replace("}", "}}").replace("\n", "<br>\n")

@@ -141,7 +141,7 @@ def show(inspection: InspectionArguments, header: str, trainer: WITSFTTrainer) -
         rows = trainer.data_collator.tokenize_rows(rows)
     processing_class = trainer.processing_class
     tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    shown = (list(rows), tokenizer, report)
+    shown = (list(rows), tokenizer, report, trainer.args.num_train_epochs)
     if inspection.histogram is not None:
         histogram = plot_lengths(*report.lengths)
         Path(inspection.histogram).write_bytes(histogram)
