@@ -14,7 +14,7 @@ import yaml
 import wit_trl.data_collator
 from wit_trl.cli import arguments, inspect, launch
 
-from . import test_subclass
+from . import test_paper, test_subclass
 from .reference import formula
 from .training import make_trainer
 
@@ -81,7 +81,7 @@ def test_python_in_the_documentation_prints_what_it_says(
     exec(code, namespace)
     said = re.findall(r"^print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
     printed = capsys.readouterr().out.splitlines()
-    assert said
+    assert said or "print(" not in code
     assert [text.split(" = ")[0] for text in said] == printed
     assert page != "docs/weights.md" or "2.763" in printed
 
@@ -97,6 +97,9 @@ def test_losses_of_ones_own_are_those_that_are_tested():
     assert set(documented) == {"Regularised", "OnFullLogits", "ProFitTrainer"}
     assert documented.pop("ProFitTrainer") == examples["ProFitTrainer"]
     assert documented == {name: tested[name] for name in documented}
+    of_the_paper = classes(Path(test_paper.__file__).read_text(encoding="utf-8"))
+    documented = classes("\n".join(blocks("docs/reproduce.md", "python")))
+    assert documented == {"DecaysAll": of_the_paper["DecaysAll"]}
 
 
 def test_loop_of_ones_own_takes_the_step_of_the_formula():

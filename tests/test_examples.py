@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from wit_trl import WITSFTConfig
+from wit_trl.cli.arguments import TRAINING_TYPES, parse_flags, parse_launch_flags
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -194,6 +198,54 @@ def test_recipes_of_the_paper(name, config, processes, run_script):
     assert args.get_warmup_steps(1000) == 10
     assert script_args.dataset_name == "data.jsonl"
     assert model_args.model_name_or_path.startswith("meta-llama/")
+
+
+def test_settings_of_the_paper(tmp_path):
+    """Each as one line, with the weights of the table in docs/choosing-weights.md."""
+    (tmp_path / "wit-trl").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/arguments')
+    (tmp_path / "wit-trl").chmod(0o755)
+    table = (REPOSITORY / "docs" / "choosing-weights.md").read_text(encoding="utf-8")
+    names = ("Llama-3.2-1B", "Gemma-2-2B", "Llama-3.2-3B", "Mistral-7B", "Llama-3-8B")
+    rows = [next(line for line in table.splitlines() if line.startswith(f"| {name} |")) for name in names]
+    pairs = [tuple(map(float, pair)) for row in rows for pair in re.findall(r"\(([\d.]+), ([\d.]+)\)", row)]
+    assert len(pairs) == 15
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", "examples/recipes/paper.sh"]
+    listed = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(listed) == 15
+    for number, (pair, line) in enumerate(zip(pairs, listed, strict=True), 1):
+        command = [*script, str(number), "--use_cpu", "--bf16", "False"]
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=60)
+        command, *arguments = (tmp_path / "arguments").read_text().splitlines()
+        assert command == "sft"
+        flags = parse_flags(TRAINING_TYPES, arguments)
+        launched = parse_launch_flags(flags.launch_on_line, "module")
+        _, args, model_args, _ = flags.check()
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps * launched.num_processes == 64
+        assert (args.prompt_loss_weight, args.completion_loss_weight) == pair
+        assert (args.max_grad_norm, args.weight_decay, args.seed, args.max_length) == (0, 0.1, 23, 4096)
+        assert args.learning_rate == (5e-6 if "Mistral" in line else 2e-5)
+        assert args.num_train_epochs == {"tulu": 1, "alpaca": 2, "lima": 5}[line.split()[2]]
+        assert args.get_warmup_steps(1000) == 10
+        assert model_args.model_name_or_path == line.split()[1]
+        assert (launched.accelerate_config == "fsdp1") == ("7B" in line or "8B" in line)
+
+
+def test_data_and_template_of_the_paper(tokenizer):
+    spec = importlib.util.spec_from_file_location("data", REPOSITORY / "examples" / "recipes" / "data.py")
+    data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(data)
+    messages = [{"role": "user", "content": "Sum?"}, {"role": "assistant", "content": "Three."}]
+    rows = Dataset.from_list([{"id": str(number), "messages": messages} for number in range(5)])
+    assert data.tulu(rows, 3).to_list() == [{"messages": messages}] * 3
+    rows = Dataset.from_list([{"conversations": ["Sum?", "Three."], "source": "x"}])
+    assert data.lima(rows).to_list() == [{"messages": messages}]
+    tokenizer.chat_template = (REPOSITORY / "examples" / "recipes" / "chat_template.jinja").read_text(encoding="utf-8")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|user|>\nSum?\n<|assistant|>\nThree.<eos>\n"
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
+    assert is_chat_template_stop_token_trained(tokenizer)
 
 
 @pytest.mark.parametrize("resumes", [False, True])
