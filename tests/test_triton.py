@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from wit_trl.kernels import rows
 
-from .triton_worker import MODES
+from .triton_worker import MODES_OF_KERNELS
 
 
 def run_interpreted(*arguments):
@@ -37,8 +37,9 @@ def results(tmp_path_factory):
     return json.loads(run_interpreted("-m", "tests.triton_worker", str(tmp_path_factory.mktemp("triton"))))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kernel", ["trl", "rows"])
+@pytest.mark.parametrize(
+    ("kernel", "mode"), [(kernel, mode) for kernel, modes in MODES_OF_KERNELS.items() for mode in modes]
+)
 def test_training_and_evaluation_equal_the_kernel_for_cpus(kernel, mode, results):
     for log, expected in zip(results[kernel][mode], results["one_pass"][mode], strict=True):
         assert log == pytest.approx(expected, rel=1e-6)

@@ -30,6 +30,7 @@ MODES = {
     "completion_only": {"prompt_loss_weight": 0.0, "completion_loss_weight": 1.0},
     "dft": {"loss_type": "dft"},
 }
+MODES_OF_KERNELS = {"trl": ("padded", "packed", "dft"), "rows": ("padding_free", "completion_only", "dft")}
 # Liger's kernels for layers, of which the interpreter runs this one alone
 LIGER = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False}}
 
@@ -93,6 +94,6 @@ if __name__ == "__main__":
     for kernel in ("trl", "rows"):
         fused_head = "trl" if kernel == "trl" else "one_pass"
         results[kernel] = {
-            mode: run(sys.argv[1], {**options, "fused_head": fused_head}) for mode, options in MODES.items()
+            mode: run(sys.argv[1], {**MODES[mode], "fused_head": fused_head}) for mode in MODES_OF_KERNELS[kernel]
         }
     print(json.dumps(results))

@@ -52,6 +52,8 @@ ENGINES = {
 }
 
 
+# The interpreter is slow: data parallelism, and a head that is gathered by a hook
+IN_INTERPRETER = ("ddp", "fsdp2_head_group")
 FSDP1 = ("fsdp1", "fsdp1_head_group", "fsdp_qlora")
 # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
 SAVING_ENGINES = [engine for engine in ENGINES if engine not in (*FSDP1, "tensor_parallel")]
@@ -59,6 +61,8 @@ SAVING_ENGINES = [engine for engine in ENGINES if engine not in (*FSDP1, "tensor
 
 def can_run(engine, scenario):
     _, model, arguments, peft_config = SCENARIOS[scenario]
+    if "triton" in scenario and engine not in IN_INTERPRETER:
+        return False
     if "head_group" in engine and model == "tied":
         return False  # torch refuses a tied head in another group than the embeddings
     if engine in FSDP1:  # 4-bit weights do not shard with SHARD_GRAD_OP
@@ -119,7 +123,7 @@ def launch(engine, *arguments):
     return start(
         *([*command, *machine, WORKER, *arguments] for machine in machines),
         DS_ACCELERATOR="cpu",
-        TRITON_INTERPRET="1",
+        TRITON_INTERPRET="1" if engine in IN_INTERPRETER else "0",
         TENSOR_PARALLEL_SIZE=tensor_parallel_size,
     )
 
@@ -160,7 +164,7 @@ def results(folder, scenario):
 def parameters(folder, scenario):
     (file,) = (folder / scenario).glob("*model.safetensors")
     parameters = load_file(file)
-    if SCENARIOS[scenario][1] == "tied":  # the tied weight is saved under one of two names
+    if scenario == "tied":  # the tied weight is saved under one of two names
         parameters.setdefault("lm_head.weight", parameters.pop("model.embed_tokens.weight", None))
     return parameters
 

@@ -57,8 +57,7 @@ SCENARIOS = {
     "qlora": ((0.2, 0.8), "quantized", {"adam_epsilon": 1e-6}, LORA),
     "factors": ((0.2, 0.8), "untied", {"loss_type": "dft", "loss_divisor": "weights"}, None),
     # With the kernel for GPUs, where the launcher asks for Triton's interpreter
-    "triton": ((0.2, 0.8), "untied", {"loss_type": "dft"}, None),
-    "triton_tied": ((0.2, 0.8), "tied", {}, None),
+    "triton": ((0.2, 0.8), "untied", {"loss_type": "dft", "loss_divisor": "weights"}, None),
     "triton_lora": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-5}, LORA),
 }
 # Set by the launcher: the number of ranks that share a sequence
