@@ -35,7 +35,7 @@ MODES_OF_KERNELS = {"trl": ("padded", "packed", "dft"), "rows": ("padding_free",
 LIGER = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False}}
 
 
-def run(folder, options, num_rows=6):
+def run(folder, options, num_rows=4):
     defaults = {"max_steps": 2, "max_length": None, "prompt_loss_weight": 0.2, "completion_loss_weight": 0.8}
     args = WITSFTConfig(
         folder,

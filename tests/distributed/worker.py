@@ -173,7 +173,7 @@ def run(folder, scenario, batch_size, accumulation):
     trainer = make_trainer(folder, scenario, batch_size, accumulation, **arguments)
     trainer.train()
     metrics = trainer.evaluate()
-    rows = trainer.evaluate_rows().to_list()
+    rows = trainer.evaluate_rows().to_list() if scenario in ("weighted", "qlora") else []
     if fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
             parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}
