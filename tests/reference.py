@@ -32,8 +32,11 @@ def formula(model, rows, weights):
     ]
 
 
-def formula_with_data_weights(model, rows, weights):
-    """The loss of an optimizer step over `rows` that bring weights of their own, `weight` and `token_weights`."""
+def formula_with_data_weights(model, rows, weights, factors=lambda nll, entropy: 1, divisor="count"):
+    """
+    The loss of an optimizer step over `rows` that bring weights of their own, `weight` and `token_weights`, with a
+    factor for each token.
+    """
     total, count = 0.0, 0
     for row in rows:
         logits = model(torch.tensor([row["input_ids"]])).logits[0]
@@ -42,8 +45,10 @@ def formula_with_data_weights(model, rows, weights):
             if "token_weights" in row:
                 weight *= row["token_weights"][t]
             if weight != 0:
-                total = total - weight * torch.log_softmax(logits[t - 1], dim=0)[row["input_ids"][t]]
-                count += 1
+                log_probs = torch.log_softmax(logits[t - 1], dim=0)
+                nll, entropy = -log_probs[row["input_ids"][t]], -(log_probs.exp() * log_probs).sum()
+                total = total + weight * factors(nll.detach(), entropy.detach()) * nll
+                count += 1 if divisor == "count" else weight
     return total / count
 
 

@@ -312,7 +312,7 @@ def test_small_probabilities_have_a_gradient_in_float16():
     ("tokens", "row_bytes", "expected"),
     [
         (8192, 128256 * 2, 2048),  # half a GiB of logits
-        (8192, 32064 * 2, 4096),  # more rows than these are no faster
+        (8192, 32064 * 2, 4096),  # no more rows than these
         (8192, 128256 * 4, 2048),  # fewer are slow, so they may take a GiB
         (8192, 2**20, 1024),
         (5000, 128256 * 2, 1792),  # three chunks of the same size, in whole tiles

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from wit_trl import WITSFTTrainer
 
-from .reference import formula, region_sums, tokenize
+from .reference import formula, formula_with_data_weights, region_sums, tokenize
 from .training import WEIGHTS, StepRecorder, make_trainer
 
 
@@ -42,23 +42,6 @@ def rows(prompt_completion, tokenizer):
     return [{key: value[:64] for key, value in row.items()} for row in rows]
 
 
-def loss_with_factors(model, rows, weights, factors, divisor="count"):
-    """The loss of an optimizer step, one token after the other, each with a `weight` and factor of its own."""
-    total, count = 0.0, 0.0
-    for row in rows:
-        log_probs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(1)
-        for t in range(1, len(row["input_ids"])):
-            weight = weights[row["completion_mask"][t]] * row.get("weight", 1)
-            if weight != 0:
-                nll, entropy = (
-                    -log_probs[t - 1, row["input_ids"][t]],
-                    -(log_probs[t - 1].exp() * log_probs[t - 1]).sum(),
-                )
-                total = total + weight * factors(nll.detach(), entropy.detach()) * nll
-                count += 1 if divisor == "count" else weight
-    return total / count
-
-
 def train(trainer_class, rows, make_model, tokenizer, config_kwargs, **arguments):
     """The log and the gradients of one step over four rows, in two micro-batches."""
     recorder = StepRecorder()
@@ -88,7 +71,7 @@ def test_factors_multiply_the_loss_and_its_gradient(name, mode, head, rows, make
         trainer_class, rows, make_model, tokenizer, config_kwargs, **arguments, **MODES[mode], **batch
     )
     model = make_model(max_position_embeddings=4096).double()
-    assert_same_step(log, gradients, model, loss_with_factors(model, rows, WEIGHTS, factors))
+    assert_same_step(log, gradients, model, formula_with_data_weights(model, rows, WEIGHTS, factors))
     # The regions, and the evaluation, are without factors
     _, (prompt_loss, completion_loss) = formula(make_model(max_position_embeddings=4096).double(), rows, WEIGHTS)
     assert log["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
@@ -118,8 +101,8 @@ def test_weights_may_be_the_divisor(weights, loss_type, head, rows, make_model, 
     trainer, log, gradients = train(WITSFTTrainer, rows, make_model, tokenizer, config_kwargs, **arguments)
     model = make_model(max_position_embeddings=4096).double()
     factors = probability if loss_type == "dft" else lambda nll, entropy: 1
-    assert_same_step(log, gradients, model, loss_with_factors(model, rows, weights, factors, "weights"))
-    loss = loss_with_factors(trainer.model.double(), rows, weights, lambda *_: 1, "weights")
+    assert_same_step(log, gradients, model, formula_with_data_weights(model, rows, weights, factors, "weights"))
+    loss = formula_with_data_weights(trainer.model.double(), rows, weights, lambda *_: 1, "weights")
     trainer.model.float()
     evaluated = trainer.evaluate(Dataset.from_list(rows))
     assert evaluated["eval_loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -155,7 +138,7 @@ def test_factors_of_a_trainer_may_be_set_on_it(rows, make_model, tokenizer, conf
     trainer.train()
     model = make_model().double()
     assert_same_step(
-        recorder.logs[0], recorder.gradients[0], model, loss_with_factors(model, rows, WEIGHTS, probability)
+        recorder.logs[0], recorder.gradients[0], model, formula_with_data_weights(model, rows, WEIGHTS, probability)
     )
 
 

@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from ._upstream import get_config_model_id
 from .data_collator import DataCollatorForWIT
+from .loss import FUSED_HEADS
 from .vision_data_collator import DataCollatorForVisionLanguageWIT
 from .weights import StructureWeights
 
@@ -117,7 +118,7 @@ class WITSFTConfig(SFTConfig):
         metadata={
             "help": "What computes the loss of the LM head: the kernel of this package (one_pass), TRL's (trl), or the "
             "first on a CPU and the second elsewhere (auto).",
-            "choices": ["auto", "one_pass", "trl"],
+            "choices": [*FUSED_HEADS],
         },
     )
     print_weight_report: bool = field(

@@ -311,6 +311,7 @@ class Conversation:
         return {"role": "assistant", "content": [{"type": "text", "text": _PROBE}] if in_parts else _PROBE}
 
     def positions(self, input_ids: list[int]) -> TokenPositions:
+        """Returns what tells the token of a character."""
         return TokenPositions(self.text, input_ids, self._tokens, self._tokenize_beginning)
 
     def _tokenize_beginning(self, character: int, turns: int) -> list[int]:

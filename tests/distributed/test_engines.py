@@ -52,8 +52,8 @@ ENGINES = {
 }
 
 
-# The interpreter is slow: data parallelism, and a head that is gathered by a hook
-IN_INTERPRETER = ("ddp", "fsdp2_head_group")
+# The interpreter is slow: one engine for each way in which the kernel gets its head and its targets
+IN_INTERPRETER = ("ddp", "fsdp2_head_group", "zero3", "context_parallel")
 FSDP1 = ("fsdp1", "fsdp1_head_group", "fsdp_qlora")
 # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
 SAVING_ENGINES = [engine for engine in ENGINES if engine not in (*FSDP1, "tensor_parallel")]
