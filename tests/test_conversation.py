@@ -18,6 +18,7 @@ from wit_trl.turn_weights import turn_weights
 from .conftest import CHAT_TEMPLATES, train_tokenizer
 
 
+pytestmark = pytest.mark.xdist_group("conversation")
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
 MARKED = [name for name, template in TEMPLATES.items() if has_generation_markers(template)]
 SPECIAL = (

@@ -5,6 +5,9 @@ import pytest
 from wit_trl.embedded import load_stdlib_functions
 
 
+pytestmark = pytest.mark.xdist_group("embedded")
+
+
 @pytest.fixture(scope="module")
 def dataset():
     return load_stdlib_functions()

@@ -7,6 +7,7 @@ from trl import SFTConfig, SFTTrainer
 from wit_trl import WITSFTConfig, WITSFTTrainer
 
 
+pytestmark = pytest.mark.xdist_group("trainer_endpoints")
 TYPES = [
     "prompt_completion",
     "conversational",

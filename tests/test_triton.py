@@ -18,6 +18,9 @@ from wit_trl.kernels import rows
 from .triton_worker import MODES
 
 
+pytestmark = pytest.mark.xdist_group("triton")
+
+
 def run_interpreted(*arguments):
     """Runs Python in Triton's interpreter and returns its last line."""
     process = subprocess.run(

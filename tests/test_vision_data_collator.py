@@ -19,6 +19,7 @@ from wit_trl.chat_template import training_chat_template
 from .vision_families import FAMILIES, make_processor
 
 
+pytestmark = pytest.mark.xdist_group("vision_data_collator")
 WEIGHTS = {"prompt_loss_weight": 0.25, "completion_loss_weight": 0.75}
 ANSWERS = (["Answer one, two.", "The second."], ["Return nothing."])
 

@@ -23,6 +23,7 @@ from .training import WEIGHTS, StepRecorder
 from .vision_families import FAMILIES, MARKED_VICUNA, make_model, make_processor
 
 
+pytestmark = pytest.mark.xdist_group("vision_trainer")
 # What the template renders for an answer
 COMPLETIONS = {
     "llava": " {}</s>",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from .worker import SCENARIOS, run
 
 
+pytestmark = pytest.mark.xdist_group("engines")
 REPOSITORY = Path(__file__).parent.parent.parent
 WORKER = Path(__file__).parent / "worker.py"
 SHARED_BY_TWO = ("--parallelism_config_sp_size", "2")

@@ -273,6 +273,10 @@ if __name__ == "__main__":
         from tests.distributed import fsdp_on_cpu  # noqa: F401
     if CONTEXT_PARALLEL_SIZE > 1:
         from tests.distributed import context_parallel_on_cpu  # noqa: F401
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # gloo as it is, which needs no minute of compiling
     output, *names = sys.argv[1:]
     if SEQUENCE_PARALLEL_SIZE > 1:
         prepare_sequence_parallelism()
