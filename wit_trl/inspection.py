@@ -1,7 +1,5 @@
 """The rows of a training set as the trainer sees them, in the terminal and as a page for a browser."""
 
-import base64
-import html
 import io
 import itertools
 import unicodedata
@@ -16,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .advice import advise
 from .data_collator import DataCollatorForWIT
+from .page import page
 from .report import WeightReport
 from .weights import REGIONS
 
@@ -23,25 +22,6 @@ from .weights import REGIONS
 # Two shades each, which alternate from token to token
 _SHADES = {0: ("#b3cde8", "#d3e3f3"), 1: ("#ffc48a", "#ffddb8")}
 _DOCUMENT_START = "▌"
-_HTML = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>wit-trl inspect</title>
-<style>
-{stylesheet}
-body {{ color: {foreground}; background: {background}; margin: 2em; }}
-pre {{ font: 14px/1.6 "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
-img {{ max-width: 100%; }}
-</style>
-</head>
-<body>
-<p>TITLE</p>
-<pre>{code}</pre>
-<img alt="Lengths of prompts and completions" src="data:image/png;base64,HISTOGRAM">
-</body>
-</html>
-"""
 
 
 def _printable(text: str) -> str:
@@ -192,10 +172,7 @@ def html_page(
     """Returns the page of `show_page`, under a title of any number of lines, and the histogram (PNG) as HTML."""
     console = Console(file=io.StringIO(), record=True, width=100)
     show_page(console, rows, tokenizer, report, epochs)
-    page = _HTML.replace("HISTOGRAM", base64.b64encode(histogram).decode())
-    # rich reads braces as its own
-    title = html.escape(title.strip()).replace("{", "{{").replace("}", "}}").replace("\n", "<br>\n")
-    return console.export_html(code_format=page.replace("TITLE", title))
+    return page("wit-trl inspect", title, console, histogram, "Lengths of prompts and completions")
 
 
 def plot_lengths(prompt: np.ndarray, completion: np.ndarray) -> bytes:

@@ -17,9 +17,10 @@ def main(args: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     # Their flags, and the help on them, are those of the command
     commands.add_parser("sft", add_help=False, help="train a model, on any number of devices")
+    commands.add_parser("sweep", add_help=False, help="search the weights: train some, and compare")
     commands.add_parser("inspect", add_help=False, help="show tokens and their weights as the trainer sees them")
     command = parser.parse_args(args[:1]).command
-    module = {"sft": "launch", "inspect": "inspect"}[command]
+    module = {"sft": "launch", "sweep": "sweep", "inspect": "inspect"}[command]
     importlib.import_module(f".{module}", __name__).main(args[1:])
 
 

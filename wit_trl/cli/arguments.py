@@ -75,6 +75,7 @@ class Flags:
         unchecked (`tuple`): An instance of each dataclass, without what its `__post_init__` checks and changes.
         launch_in_file (`list[str]`): The flags of `accelerate launch` in the YAML file.
         launch_on_line (`list[str]`): The flags of `accelerate launch` on the command line.
+        defaults (`dict`): The defaults that the command has instead of those of the dataclasses.
     """
 
     dataclass_types: Sequence[type]
@@ -83,6 +84,31 @@ class Flags:
     unchecked: tuple[Any, ...]
     launch_in_file: list[str]
     launch_on_line: list[str]
+    defaults: dict[str, Any]
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether neither model nor data is named. Raises `ValueError` if only one of them is."""
+        *_, script_args, _, model_args, dataset_args = self.unchecked
+        has_data = bool(script_args.dataset_name or dataset_args.datasets)
+        if has_data != (model_args.model_name_or_path is not None):
+            raise ValueError("Pass both --model_name_or_path and --dataset_name, or neither for the embedded default.")
+        return not has_data
+
+    def as_config(self) -> dict[str, Any]:
+        """Returns what a YAML file with these flags holds, those of the launcher included: all that is no default."""
+        defaults = _parser([type(given) for given in self.unchecked], self.prog).parse_args_into_dataclasses([])
+        config = {
+            name: getattr(value, "value", value)  # of an enumeration
+            for given, default in zip(self.unchecked, defaults, strict=True)
+            for name, value in vars(given).items()
+            if value != getattr(default, name)
+        }
+        for flag, following in itertools.pairwise([*self.launch_in_file, *self.launch_on_line, "--"]):
+            if flag.startswith("--"):
+                name, _, value = flag[2:].partition("=")
+                config[name.replace("-", "_")] = value or (True if following.startswith("--") else following)
+        return config
 
     def check(self) -> tuple[Any, ...]:
         """
@@ -91,17 +117,17 @@ class Flags:
         Raises:
             `ValueError`: a model without data, data without a model, or what the dataclasses refuse.
         """
-        *_, script_args, _, model_args, dataset_args = self.unchecked
-        has_data = bool(script_args.dataset_name or dataset_args.datasets)
-        if has_data != (model_args.model_name_or_path is not None):
-            raise ValueError("Pass both --model_name_or_path and --dataset_name, or neither for the embedded default.")
         parser = _parser(self.dataclass_types, self.prog)
-        if not has_data:
-            parser.set_defaults_with_config(**EMBEDDED_DEFAULTS)
+        parser.set_defaults_with_config(**(EMBEDDED_DEFAULTS if self.is_embedded else {}) | self.defaults)
         return parser.parse_args_and_config(self.args, return_remaining_strings=True)[: len(self.dataclass_types)]
 
 
-def parse_flags(dataclass_types: Sequence[type], args: Sequence[str] | None = None, prog: str | None = None) -> Flags:
+def parse_flags(
+    dataclass_types: Sequence[type],
+    args: Sequence[str] | None = None,
+    prog: str | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> Flags:
     """
     Returns the flags of the command line and of `--config`.
 
@@ -112,6 +138,8 @@ def parse_flags(dataclass_types: Sequence[type], args: Sequence[str] | None = No
             The arguments, without a `--debug` that has no value. By default those of the process.
         prog (`str`, *optional*):
             What `--help` calls the program, by default the file that was started.
+        defaults (`dict`, *optional*):
+            Defaults instead of those of the dataclasses.
 
     Raises:
         `ValueError`: a flag that does not exist, or a value of another type.
@@ -121,12 +149,13 @@ def parse_flags(dataclass_types: Sequence[type], args: Sequence[str] | None = No
         dataclass(type(cls.__name__, (cls,), {"__post_init__": lambda self: None})) for cls in dataclass_types
     ]
     parser = _parser(unchecked, prog)
+    parser.set_defaults_with_config(**defaults or {})
     *arguments, _, in_file, on_line = parser.parse_args_and_config(
         args, return_remaining_strings=True, separate_remaining_strings=True
     )
     _check_names(parser, in_file, in_file=True)
     _check_names(parser, on_line, in_file=False)
-    return Flags(dataclass_types, args, prog, tuple(arguments), in_file, on_line)
+    return Flags(dataclass_types, args, prog, tuple(arguments), in_file, on_line, defaults or {})
 
 
 class _Parser(TrlParser):
