@@ -1,0 +1,179 @@
+"""A worker of `wit-trl sweep`: it runs trials until none is left, and reports."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from filelock import FileLock
+from optuna import Trial
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.progress import Progress
+
+from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
+from ..sweep.metrics import TASK_METRIC
+from ..sweep.pairs import BASELINE, name_of
+from ..sweep.report import html_page, plot, show
+from ..sweep.results import SweepResults
+from ..sweep.study import SweepStudy, TrialSettings
+
+
+if TYPE_CHECKING:
+    from .sweep import SweepArguments
+
+_LOG_LINES = 25  # of a trial that failed
+_POLL_SECONDS = 2
+
+
+def save_embedded(folder: Path) -> None:
+    """Saves the embedded data set and model."""
+    dataset = load_stdlib_functions()
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, rows in dataset.items():
+        rows.to_parquet(folder / "data" / f"{split}.parquet")
+    save_embedded_model(train_embedded_tokenizer(dataset), folder / "model")
+
+
+def train(config: dict[str, Any], folder: Path) -> str | None:
+    """Trains in processes of its own. Returns `None` once there is a result, or the end of the log if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    config = config | {"output_dir": str(folder), "sweep_process": os.getpid()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    command = [sys.executable, "-m", "wit_trl.cli.launch", "--config", str(folder / "config.yaml")]
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait()
+        finally:  # what the launcher left behind, or all of it if the sweep is interrupted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if status == 0 and (folder / "result.json").exists():
+        return None
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([*lines[-_LOG_LINES:], f"It ended with the status {status}."])
+
+
+class SweepWorker:
+    """
+    A worker of a sweep. Several may work in one folder.
+
+    Args:
+        sweep ([`SweepArguments`]):
+            What is searched.
+        config (`dict`):
+            What all trials have in common, as a YAML file for `wit-trl sft` holds it.
+    """
+
+    def __init__(self, sweep: "SweepArguments", config: dict[str, Any]):
+        self.sweep, self.config, self.folder, self.console = sweep, config, Path(config["output_dir"]), Console()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        measured = {
+            "base_folder": str(self.folder / "base"),
+            "other_sets": sweep.eval_dataset,
+            "retention_prompts": sweep.retention_prompts,
+        }
+        self.study = SweepStudy(self.folder, sweep.storage, config | measured)
+        # Each training has a port of its own, since several workers may share a machine
+        self._config_of_trials = {"print_weight_report": False, "main_process_port": 0, **config, **measured}
+        self._config_of_trials["save_model"] = sweep.keep != "none"
+        if ":" in sweep.metric:
+            self._config_of_trials["metric_function"] = sweep.metric
+
+    def prepare(self, is_embedded: bool) -> None:
+        """
+        Measures the model before training, writes what it answers, and prepares the data for all trials. The first
+        worker does it, while the others wait.
+
+        Raises:
+            `ValueError`: it failed, as every trial would.
+        """
+        base = self.folder / "base"
+        with FileLock(self.folder / "base.lock"):
+            if (base / "result.json").exists():
+                return
+            if is_embedded:
+                save_embedded(self.folder / "embedded")
+            self.console.print("Measuring the model before any training ...")
+            if error := train(self._config_of_trials | TrialSettings(BASELINE, self.sweep.seeds[0]).as_config(), base):
+                raise ValueError(f"The model cannot be measured. The end of {base / 'log.txt'}:\n{error}")
+
+    def work(self) -> None:
+        """Runs trials until none is left, here or in other workers."""
+        self.study.add(TrialSettings(pair, seed) for seed in self.sweep.seeds for pair in self.sweep.all_pairs())
+        with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
+            bar = progress.add_task("")
+            while True:
+                trial = self.study.take()
+                states = Counter(trial.state for trial in self.study.trials)
+                done, running, left = (
+                    states[state] for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+                )
+                counts = f"{done} done, {running} running, {left} left"
+                progress.update(bar, description=counts, completed=done, total=done + running + left)
+                if trial is not None:
+                    self._run(trial, counts)
+                elif running:
+                    time.sleep(_POLL_SECONDS)
+                else:
+                    return
+
+    def _run(self, trial: Trial, counts: str) -> None:
+        settings, folder, start = TrialSettings.of(trial), self.study.folder_of(trial), time.monotonic()
+        name = f"ratio {name_of(settings.pair)}, seed {settings.seed}"
+        self.console.print(f"{counts}: {name} ...")
+        error = train(self._config_of_trials | settings.as_config(), folder)
+        seconds = round(time.monotonic() - start, 1)
+        if error is not None:
+            self.study.tell(trial, None, seconds=seconds, error=error)
+            self.console.print(f"{name} failed. The end of {folder / 'log.txt'}:\n{error}", markup=False)
+            return
+        loss = json.loads((folder / "result.json").read_text(encoding="utf-8"))["metrics"][TASK_METRIC]
+        self.study.tell(trial, loss, seconds=seconds)
+        self.console.print(f"{name}: {TASK_METRIC} {loss:.4f}, {seconds:.0f} s")
+        results = self.results()
+        self._drop_models(results, {results.best_of(pair).number for pair in results.pairs})
+
+    def results(self) -> SweepResults:
+        """Returns what was measured so far."""
+        greater_is_better = self.config.get("greater_is_better", not self.sweep.metric.endswith("loss"))
+        return SweepResults(self.study, self.sweep.metric, greater_is_better, self.config.get("max_grad_norm", 1.0) > 0)
+
+    def _drop_models(self, results: SweepResults, kept: Collection[int]) -> None:
+        """Removes the models of other trials than those of these numbers, unless all are kept."""
+        for trial in results.done:
+            if self.sweep.keep != "all" and trial.number not in kept:
+                shutil.rmtree(trial.folder / "model", ignore_errors=True)
+
+    def report(self) -> None:
+        """Prints what was found, and writes it to files in the folder."""
+        results = self.results()
+        self._drop_models(results, {results.best.number})
+        show(self.console, results)
+        best = self.config | results.best.settings.as_config() | {"output_dir": str(self.folder / "best")}
+        image, conclusion = plot(results), results.sentences()[0]
+        heading = f"model: {best['model_name_or_path']}\ndata set: {best.get('dataset_name', 'a mixture')}"
+        lines = [json.dumps(trial.as_json(), ensure_ascii=False) + "\n" for trial in results.trials]
+        contents = {
+            "sweep.jsonl": "".join(lines).encode(),
+            "best.yaml": f"# {conclusion}\n{yaml.safe_dump(best, sort_keys=False, allow_unicode=True)}".encode(),
+            "sweep.png": image,
+            "sweep.html": html_page(results, heading, image).encode(),
+        }
+        for name, content in contents.items():  # whole at any time, also where another worker writes the same
+            part = self.folder / f"{name}.{os.getpid()}.part"
+            part.write_bytes(content)
+            part.replace(self.folder / name)
+        self.console.print(f"Written to {self.folder}: {', '.join(contents)}", soft_wrap=True)
+        if self.sweep.keep == "best":
+            self.console.print(f"The best model: {results.best.folder / 'model'}", soft_wrap=True)

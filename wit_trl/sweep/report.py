@@ -1,0 +1,100 @@
+"""How the results of a sweep are shown: the table, the picture and the page for a browser."""
+
+import io
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..page import page
+from .metrics import TASK_METRIC, loss_metric
+from .pairs import BASELINE, name_of
+from .results import SweepResults, signed
+
+
+def table(results: SweepResults) -> Table:
+    """Returns what each pair measured: the mean over its seeds, and the difference from conventional tuning."""
+    title = "λp, with λr = 1" if all(pair[1] == 1 for pair in results.pairs) else "λp, or (λp, λr)"
+    metrics = list(dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics]))
+    rows = Table(
+        box=SIMPLE_HEAD, title="Means over the seeds, and what they differ from those of 0", title_justify="left"
+    )
+    headers = [header for name in metrics for header in (name.removeprefix("eval_").replace("_", " "), "minus 0")]
+    for header in (title, "trials", *headers):
+        rows.add_column(header, justify="right")
+    before = [results.base_metrics.get(name) for name in metrics]
+    rows.add_row("before", "", *(cell for value in before for cell in ("" if value is None else f"{value:.4f}", "")))
+    for pair in results.pairs:
+        cells = []
+        for name in metrics:
+            found = results.difference(pair, name)
+            cells += [f"{results.mean(pair, name):.4f}", "" if found is None else signed(found)]
+        style = "bold" if pair == results.choice.pair else None
+        rows.add_row(name_of(pair), str(len(results.of(pair))), *cells, style=style)
+    return rows
+
+
+def show(console: Console, results: SweepResults) -> None:
+    """Prints the table and what can be said."""
+    console.print(table(results))
+    for sentence in results.sentences():
+        console.print(Text(f"\N{BULLET} {sentence}"))
+    note = "The intervals are of 95%, of rows and runs. Those of the table are not widened for there being several."
+    console.print(Text(f"\n{note}", "dim"))
+
+
+def html_page(results: SweepResults, heading: str, image: bytes) -> str:
+    """Returns the page: table, sentences, what the models answer, and the picture."""
+    console = Console(file=io.StringIO(), record=True, width=140)
+    show(console, results)
+    first_seed = min(trial.settings.seed for trial in results.done)
+    written = [("before", results.base_answers)] + [
+        (name_of(trial.settings.pair), trial.answers) for trial in results.done if trial.settings.seed == first_seed
+    ]
+    for number, prompt in enumerate(results.prompts):
+        console.print(Text(f"\nHeld-out prompt {number + 1}", "bold"))
+        console.print(Text(prompt, "dim"))
+        for name, answers in written:
+            console.print(Text(f"\n{name}: ", "bold").append(answers[number], "default"))
+    return page("wit-trl sweep", heading, console, image, "Metrics of all trials by the ratio of the weights")
+
+
+def plot(results: SweepResults) -> bytes:
+    """
+    Returns the picture as PNG: the metric by pair, every trial a dot, with the interval of the difference from
+    conventional tuning; the losses of both regions; and what is learned against what is kept, with the frontier.
+    """
+    from matplotlib.figure import Figure  # of the extra `plot`
+
+    planes = [(loss_metric("", "prompt"), TASK_METRIC), *((TASK_METRIC, name) for name in results.kept_metrics)]
+    figure = Figure(figsize=(4.4 * (1 + len(planes)), 3.8), layout="constrained")
+    of_metric, *of_planes = figure.subplots(1, 1 + len(planes))
+    for position, pair in enumerate(results.pairs):
+        trials = [trial.metrics for trial in results.of(pair)]
+        colour, mean = f"C{position}", results.mean(pair, results.metric)
+        of_metric.plot(
+            [position] * len(trials), [trial[results.metric] for trial in trials], "o", color=colour, alpha=0.5
+        )
+        found = results.difference(pair, results.metric)
+        of_metric.errorbar(position, mean, found and found.half_width, fmt="_", color="black", capsize=4, markersize=14)
+        for axes, (x, y) in zip(of_planes, planes, strict=True):
+            points = [(trial[x], trial[y]) for trial in trials if x in trial]  # there may be no prompts
+            axes.plot([p[0] for p in points], [p[1] for p in points], "o", color=colour, alpha=0.7, label=name_of(pair))
+            axes.set(xlabel=f"{x}, in nats per token", ylabel=y)
+    of_metric.set_xticks(range(len(results.pairs)), [name_of(pair) for pair in results.pairs])
+    of_metric.set(xlabel="ratio of the weights", ylabel=results.metric)
+    if results.of(BASELINE):
+        of_metric.axhline(results.mean(BASELINE, results.metric), color="grey", linewidth=0.8, linestyle="--")
+    for axes, (x, y) in zip(of_planes[1:], planes[1:], strict=True):
+        frontier = sorted(
+            (results.mean(pair, x), results.mean(pair, y)) for pair in results.pairs if results.is_frontier(pair, y)
+        )
+        axes.plot([p[0] for p in frontier], [p[1] for p in frontier], color="grey", linewidth=0.8, zorder=0)
+        axes.set_title("grey: the frontier", fontsize="small")
+    of_planes[0].legend(title="ratio", fontsize="small")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110)
+    return image.getvalue()

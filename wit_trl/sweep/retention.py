@@ -1,0 +1,84 @@
+"""What a training keeps: the answers that the base model gave, and how likely the trained one finds them."""
+
+from collections.abc import Iterable
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 512, 64
+GENERAL_PROMPTS = (
+    "What is the capital of Italy?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "Translate to French: Good morning, how are you?",
+    "List three things to pack for a trip to the mountains.",
+    "What is 17 times 6?",
+    "Summarize in one sentence: The meeting was moved from Monday to Thursday because two people were ill.",
+    "Give me a recipe for pancakes.",
+    "Who wrote Romeo and Juliet?",
+    "What is the difference between a virus and a bacterium?",
+    "Write a polite email that declines an invitation to dinner.",
+    "Name a synonym of the word happy.",
+    "Is the following sentence positive or negative? The film was far too long.",
+    "How do I find the largest number in a list in Python?",
+    "Tell me a fact about octopuses.",
+    "What should I do if I cannot sleep at night?",
+)
+
+
+def prompts_of(rows: Iterable[dict], count: int) -> list[list[int]]:
+    """Returns the prompts, as tokens, of the first rows that have a prompt of at most 512 tokens and a completion."""
+    prompts: list[list[int]] = []
+    for row in rows:
+        mask = row["completion_mask"]
+        length = mask.index(1) if 1 in mask else 0
+        if len(prompts) < count and 0 < length <= MAX_PROMPT_TOKENS:
+            prompts.append(list(row["input_ids"][:length]))
+    return prompts
+
+
+def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Returns general prompts as tokens, through the chat template if the tokenizer has one."""
+    if tokenizer.chat_template is None:
+        return [tokenizer(f"{prompt}\n")["input_ids"] for prompt in GENERAL_PROMPTS]
+    messages = [[{"role": "user", "content": prompt}] for prompt in GENERAL_PROMPTS]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int
+) -> list[list[int]]:
+    """Returns the greedy answer to each prompt, as tokens, up to its end or to 64 tokens. All ranks call it."""
+    training = model.training
+    model.eval()
+    written = []
+    for start in range(0, len(prompts), batch_size):
+        rows = {"input_ids": prompts[start : start + batch_size]}
+        inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for answer in tokens[:, inputs["input_ids"].size(1) :].tolist():
+            end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
+            written.append(answer[:end])
+    model.train(training)
+    return written
+
+
+def retention_rows(prompts: list[list[int]], answers: list[list[int]]) -> Dataset:
+    """Returns rows of prompts with their answers as completions."""
+    pairs = list(zip(prompts, answers, strict=True))
+    return Dataset.from_dict(
+        {
+            "input_ids": [prompt + answer for prompt, answer in pairs],
+            "completion_mask": [[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs],
+        }
+    )

@@ -1,0 +1,145 @@
+r"""
+How sure a difference between two pairs of weights is.
+
+A difference is paired by seed and by row. With \( \ell_{asi} \) the summed loss of row \( i \) in the trial of pair
+\( a \) and seed \( s \), \( n_i \) its tokens, and \( d_{ai} \) the mean over the seeds of \( \ell_{asi} - \ell_{0si}
+\), it is \( D_a = \sum_i d_{ai} / \sum_i n_i \). Two things make it uncertain, and their variances are added:
+
+- the rows are a sample: with the residuals \( e_i = d_{ai} - D_a n_i \) of \( R \) rows, that of a ratio estimator, \(
+  \frac{R}{R-1} \sum_i e_i^2 / (\sum_i n_i)^2 \);
+- runs differ by themselves, also with the same order and initial weights: \( 2 \sigma^2 / S \) for \( S \) seeds, where
+  \( \sigma^2 \) is what is left of the table of pairs and seeds after the means of its rows and columns, with as many
+  degrees of freedom as it has cells beyond them. Few runs tell little of it, so all pairs share one \( \sigma^2 \).
+
+The interval is Student's, with the degrees of freedom of Welch and Satterthwaite.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from .pairs import Pair
+
+
+@dataclass(frozen=True)
+class Losses:
+    """
+    What the trials of a sweep measured on the same rows.
+
+    Args:
+        totals (`dict[tuple[Pair, int], np.ndarray]`): Summed loss of each row, of shape `(rows,)`, for each pair of
+            weights and seed. A metric that has no rows is one row.
+        tokens (`np.ndarray` of shape `(rows,)`): What the sum of a row is divided by. 1 for a metric that has no rows.
+    """
+
+    totals: Mapping[tuple[Pair, int], np.ndarray]
+    tokens: np.ndarray
+
+    def means(self) -> dict[tuple[Pair, int], float]:
+        """Returns the mean per token of each trial."""
+        return {trial: float(totals.sum() / self.tokens.sum()) for trial, totals in self.totals.items()}
+
+    def of_rows(self, rows: np.ndarray) -> "Losses":
+        """Returns what was measured on some of the rows."""
+        return Losses({trial: totals[rows] for trial, totals in self.totals.items()}, self.tokens[rows])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    A pair of weights minus the baseline.
+
+    Args:
+        value (`float`): The difference, per token.
+        half_width (`float`, *optional*): The interval reaches from `value - half_width` to `value + half_width`. `None`
+            if there is none, because all seeds of this pair or of the table are one.
+        seeds (`int`): Number of seeds that both were trained with.
+    """
+
+    value: float
+    half_width: float | None
+    seeds: int
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.half_width is not None and abs(self.value) > self.half_width
+
+
+def run_variance(means: Mapping[tuple[Pair, int], float]) -> tuple[float, int]:
+    """
+    Returns the variance of single runs, and its degrees of freedom: what is left of the table of pairs and seeds after
+    the means of both. Cells may be missing. Without degrees of freedom the variance is NaN.
+    """
+    pairs, seeds = (sorted({trial[axis] for trial in means}) for axis in (0, 1))
+    design = np.array(
+        [[pair == p for p in pairs] + [seed == s for s in seeds] for pair, seed in means], dtype=np.float64
+    )
+    values = np.fromiter(means.values(), np.float64)
+    fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    degrees = len(values) - int(rank)
+    return (float(np.sum((values - design @ fitted) ** 2)) / degrees if degrees else float("nan")), degrees
+
+
+def difference(losses: Losses, pair: Pair, baseline: Pair, level: float = 0.95) -> Difference:
+    """
+    Returns how much more a pair loses than the baseline, with an interval of this level. Raises `ValueError` if they
+    have no seed in common.
+    """
+    seeds = [seed for (p, seed) in losses.totals if p == pair and (baseline, seed) in losses.totals]
+    if not seeds:
+        raise ValueError(f"The trials of {pair} have no seed in common with those of {baseline}.")
+    by_row = np.mean([losses.totals[pair, seed] - losses.totals[baseline, seed] for seed in seeds], axis=0)
+    rows, tokens = len(by_row), losses.tokens.sum()
+    value = float(by_row.sum() / tokens)
+    of_a_run, degrees = run_variance(losses.means())
+    if len(seeds) == 1 or not degrees:
+        return Difference(value, None, len(seeds))
+    variances, all_degrees = [2 * of_a_run / len(seeds)], [degrees]
+    if rows > 1:
+        residuals = by_row - value * losses.tokens
+        variances.append(rows / (rows - 1) * float(np.sum(residuals**2)) / float(tokens) ** 2)
+        all_degrees.append(rows - 1)
+    variance = sum(variances)
+    if variance == 0:
+        return Difference(value, 0.0, len(seeds))
+    satterthwaite = variance**2 / sum(v**2 / d for v, d in zip(variances, all_degrees, strict=True))
+    quantile = float(student.ppf((1 + level) / 2, satterthwaite))
+    return Difference(value, quantile * variance**0.5, len(seeds))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    The pair that does best, and how much better than the baseline it is, on rows that did not choose it.
+
+    Args:
+        pair (`Pair`): The pair.
+        difference ([`Difference`], *optional*): To the baseline. `None` if it is the baseline.
+        on_other_rows (`bool`): Whether the difference is on other rows than the choice. Without rows it is not, and
+            the interval is wider instead: by Bonferroni, for as many comparisons as there are pairs.
+    """
+
+    pair: Pair
+    difference: Difference | None
+    on_other_rows: bool
+
+
+def choose(losses: Losses, baseline: Pair, greater_is_better: bool = False) -> Choice:
+    """
+    Chooses a pair on one half of the rows, and compares it with the baseline on the other: one comparison, since the
+    best of several looks better on the rows that chose it than it is.
+    """
+    others = sorted({p for p, seed in losses.totals if p != baseline and (baseline, seed) in losses.totals})
+    has_rows = len(losses.tokens) > 1
+    order = np.random.default_rng(0).permutation(len(losses.tokens))
+    first, second = (losses.of_rows(order[part::2]) for part in (0, 1)) if has_rows else (losses, losses)
+    sign = -1 if greater_is_better else 1
+    gains = {baseline: 0.0} | {pair: sign * difference(first, pair, baseline).value for pair in others}
+    best = min(gains, key=gains.__getitem__)
+    if best == baseline:
+        return Choice(best, None, has_rows)
+    level = 0.95 if has_rows else 1 - 0.05 / len(others)
+    return Choice(best, difference(second, best, baseline, level), has_rows)

@@ -1,0 +1,140 @@
+"""
+The trials of a sweep, which Optuna holds: each is done once, by whichever worker takes it.
+
+A worker is a process of `wit-trl sweep`. All workers of a study share its folder. There each trial has a folder of its
+own with a lock, which the worker holds as long as it lives: the operating system frees it when the worker ends, however
+it ends. So a trial that Optuna has as running is orphaned if its lock is free.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from .pairs import Pair
+
+
+_MOST = 1e6  # of a weight, which Optuna needs to know
+
+
+@dataclass(frozen=True, order=True)
+class TrialSettings:
+    """The pair of weights (prompt, completion) and the seed of a trial."""
+
+    pair: Pair
+    seed: int
+
+    @classmethod
+    def of(cls, trial: optuna.Trial | FrozenTrial) -> "TrialSettings":
+        attributes = trial.user_attrs
+        return cls((attributes["prompt_loss_weight"], attributes["completion_loss_weight"]), attributes["seed"])
+
+    def as_config(self) -> dict[str, Any]:
+        """Returns the flags of the training."""
+        return {
+            "prompt_loss_weight": self.pair[0],
+            "completion_loss_weight": self.pair[1],
+            "seed": self.seed,
+        }
+
+
+class SweepStudy:
+    """
+    The trials of a sweep.
+
+    Args:
+        folder (`Path`):
+            Folder of the study, which exists. It names the study.
+        storage (`str`, *optional*):
+            URL of the database that Optuna keeps the trials in, by default a journal in the folder.
+        settings (`dict`):
+            What the trials have in common.
+
+    Raises:
+        `ValueError`: the study exists and its trials have other settings in common.
+    """
+
+    def __init__(self, folder: Path, storage: str | None, settings: dict[str, Any]):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.folder = folder
+        self._lock = FileLock(folder / "study.lock")
+        self._lock_of_trial: FileLock | None = None
+        with self._lock:
+            journal = JournalStorage(JournalFileBackend(str(folder / "study.log"))) if storage is None else storage
+            self._study = optuna.create_study(storage=journal, study_name=folder.resolve().name, load_if_exists=True)
+            known = self._study.user_attrs.setdefault("settings", settings)
+            changed = sorted(n for n in {*known, *settings} if known.get(n) != settings.get(n))
+            if changed:
+                raise ValueError(
+                    f"The study in {folder} has trials with another {', '.join(changed)}. Choose another folder with "
+                    "--output_dir, or repeat the flags that it was started with."
+                )
+            self._study.set_user_attr("settings", settings)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """The trials, in the order of their numbers."""
+        return self._study.get_trials(deepcopy=False)
+
+    def add(self, wanted: Iterable[TrialSettings]) -> None:
+        """Adds the trials that are neither done, nor running, nor waiting. So those that failed are tried again."""
+        with self._lock:
+            self._free_orphans()
+            known = {TrialSettings.of(trial) for trial in self.trials if trial.state != TrialState.FAIL}
+            for settings in wanted:
+                if settings not in known:
+                    self._enqueue(settings)
+
+    def take(self) -> optuna.Trial | None:
+        """Returns a trial that nobody else runs, until `tell` is called, or `None` if none waits."""
+        with self._lock:
+            self._free_orphans()
+            if all(trial.state != TrialState.WAITING for trial in self.trials):
+                return None
+            trial = self._study.ask()
+            self.folder_of(trial).mkdir(exist_ok=True)
+            self._lock_of_trial = self._lock_in(trial)
+            self._lock_of_trial.acquire(timeout=0)
+        for name in ("prompt_loss_weight", "completion_loss_weight"):  # for Optuna's own views
+            trial.suggest_float(name, 0, _MOST)
+        trial.suggest_int("seed", 0, 2**32 - 1)
+        return trial
+
+    def tell(self, trial: optuna.Trial, loss: float | None, **attributes: Any) -> None:
+        """Ends a trial of `take`: with its loss, or as failed. The attributes are kept with it."""
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        self._study.tell(trial, loss, TrialState.FAIL if loss is None else TrialState.COMPLETE)
+        assert self._lock_of_trial is not None
+        self._lock_of_trial.release()
+
+    def is_running_elsewhere(self) -> bool:
+        """Whether other workers run trials."""
+        return any(trial.state == TrialState.RUNNING for trial in self.trials)
+
+    def folder_of(self, trial: optuna.Trial | FrozenTrial) -> Path:
+        """Returns the folder of a trial."""
+        return self.folder / f"trial_{trial.number}"
+
+    def _lock_in(self, trial: optuna.Trial | FrozenTrial) -> FileLock:
+        return FileLock(self.folder_of(trial) / "worker.lock")
+
+    def _enqueue(self, settings: TrialSettings) -> None:
+        self._study.enqueue_trial(settings.as_config(), user_attrs=settings.as_config())
+
+    def _free_orphans(self) -> None:
+        """Lets the trials of dead workers fail, and adds them again."""
+        for trial in self.trials:
+            if trial.state != TrialState.RUNNING:
+                continue
+            self.folder_of(trial).mkdir(exist_ok=True)  # its worker may have died before
+            with contextlib.suppress(Timeout), self._lock_in(trial).acquire(timeout=0):
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                self._enqueue(TrialSettings.of(trial))
