@@ -100,7 +100,7 @@ class Flags:
         defaults = _parser([type(given) for given in self.unchecked], self.prog).parse_args_into_dataclasses([])
         config = {
             name: getattr(value, "value", value)  # of an enumeration
-            for given, default in zip(self.unchecked, defaults, strict=True)
+            for given, default in zip(self.unchecked, defaults, strict=False)  # and what no dataclass has
             for name, value in vars(given).items()
             if value != getattr(default, name)
         }

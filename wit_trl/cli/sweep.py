@@ -16,7 +16,7 @@ from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_flag
 # No clipping: only then the ratio of the weights is all that matters
 SWEEP_DEFAULTS = {"output_dir": "runs/sweep", "max_grad_norm": 0.0, "eval_strategy": "epoch", "save_strategy": "no"}
 # Ten trainings of it take some minutes
-EMBEDDED_SWEEP = EMBEDDED_DEFAULTS | SWEEP_DEFAULTS | {"max_steps": 120, "eval_on_start": False}
+EMBEDDED_SWEEP = EMBEDDED_DEFAULTS | SWEEP_DEFAULTS | {"max_steps": 180, "eval_on_start": False}
 _OF_THE_SWEEP = {
     "prompt_loss_weight": "--ratios or --pairs sets the weights of each trial",
     "completion_loss_weight": "--ratios or --pairs sets the weights of each trial",
