@@ -233,4 +233,4 @@ def test_module_runs_and_help_needs_no_torch(module):
     code = code.replace("runpy.run_module(", "runpy.run_module(run_name='__main__', mod_name=")
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,inspect}")
+    assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect}")

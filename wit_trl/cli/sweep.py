@@ -13,8 +13,14 @@ from ..sweep.pairs import BASELINE, PAPER_PAIRS, Pair
 from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_flags, split_debug
 
 
-# No clipping: only then the ratio of the weights is all that matters
-SWEEP_DEFAULTS = {"output_dir": "runs/sweep", "max_grad_norm": 0.0, "eval_strategy": "epoch", "save_strategy": "no"}
+# No clipping: only then the ratio of the weights is all that matters. `None` tells what is not given.
+SWEEP_DEFAULTS = {
+    "output_dir": "runs/sweep",
+    "max_grad_norm": 0.0,
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    **dict.fromkeys(("prompt_loss_weight", "completion_loss_weight", "seed")),
+}
 # Ten trainings of it take some minutes
 EMBEDDED_SWEEP = EMBEDDED_DEFAULTS | SWEEP_DEFAULTS | {"max_steps": 180, "eval_on_start": False}
 _OF_THE_SWEEP = {
@@ -129,7 +135,7 @@ def settings_of(flags: Flags) -> dict[str, Any]:
     """
     config = {name: value for name, value in flags.as_config().items() if name not in SweepArguments.__annotations__}
     for name, remedy in _OF_THE_SWEEP.items():
-        if name in config:
+        if config.pop(name, None) is not None:
             raise ValueError(f"--{name} has no place in a sweep: {remedy}.")
     if flags.is_embedded:
         folder = Path(config["output_dir"]) / "embedded"

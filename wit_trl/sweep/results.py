@@ -96,6 +96,7 @@ class SweepResults:
     def __init__(self, study: SweepStudy, metric: str, greater_is_better: bool, clips: bool):
         self.metric, self.greater_is_better, self.clips = metric, greater_is_better, clips
         self.folder = study.folder
+        self._losses: dict[str, Losses] = {}
         base = json.loads((self.folder / "base" / "result.json").read_text())
         self.base_metrics, self.prompts, self.base_answers = base["metrics"], base["prompts"], base["answers"]
         ended = {}
@@ -139,13 +140,16 @@ class SweepResults:
 
     def losses(self, metric: str) -> Losses:
         """Returns a metric of all trials, by row if it has rows."""
+        if metric in self._losses:
+            return self._losses[metric]
         by_trial, tokens = {}, np.ones(1)
         for trial in self.done:
             if (rows := read_rows(trial.folder, metric)) is None:
                 by_trial[trial.settings.pair, trial.settings.seed] = np.array([trial.metrics[metric]])
             else:
                 by_trial[trial.settings.pair, trial.settings.seed], tokens = rows
-        return Losses(by_trial, tokens)
+        self._losses[metric] = Losses(by_trial, tokens)
+        return self._losses[metric]
 
     def difference(self, pair: Pair, metric: str) -> Difference | None:
         """Returns a pair minus conventional tuning, on all rows. `None` for that itself, or without a common seed."""
@@ -226,9 +230,9 @@ class SweepResults:
         return f"{verb} {signed(of_pair)} on {metric}"
 
 
-def _order(pair: Pair) -> tuple[float, Pair]:
+def _order(pair: Pair) -> tuple[float, bool, Pair]:
     of_pair = ratio(pair)
-    return (float("inf") if of_pair is None else of_pair), pair
+    return (float("inf") if of_pair is None else of_pair), pair != BASELINE, pair
 
 
 def signed(found: Difference) -> str:

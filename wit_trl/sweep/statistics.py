@@ -11,7 +11,11 @@ A difference is paired by seed and by row. With \( \ell_{asi} \) the summed loss
   \( \sigma^2 \) is what is left of the table of pairs and seeds after the means of its rows and columns, with as many
   degrees of freedom as it has cells beyond them. Few runs tell little of it, so all pairs share one \( \sigma^2 \).
 
-The interval is Student's, with the degrees of freedom of Welch and Satterthwaite.
+The interval is Student's, of 95%, with the degrees of freedom of Welch and Satterthwaite.
+
+The best of several pairs looks better than it is. So it is chosen on one half of the rows, and measured on the other.
+Both halves have the noise of the runs in common, whose part of the interval is therefore wider: by Bonferroni, for as
+many pairs as there were to choose from.
 """
 
 from collections.abc import Mapping
@@ -83,31 +87,43 @@ def run_variance(means: Mapping[tuple[Pair, int], float]) -> tuple[float, int]:
     return (float(np.sum((values - design @ fitted) ** 2)) / degrees if degrees else float("nan")), degrees
 
 
-def difference(losses: Losses, pair: Pair, baseline: Pair, level: float = 0.95) -> Difference:
+def difference(losses: Losses, pair: Pair, baseline: Pair, choices: int = 1) -> Difference:
     """
-    Returns how much more a pair loses than the baseline, with an interval of this level. Raises `ValueError` if they
-    have no seed in common.
+    Returns how much more a pair loses than the baseline.
+
+    Args:
+        losses ([`Losses`]):
+            What was measured. If the pair was chosen before, it was by other rows.
+        pair (`Pair`):
+            The pair.
+        baseline (`Pair`):
+            What it is compared with.
+        choices (`int`, *optional*, defaults to `1`):
+            Number of pairs that it is the best of.
+
+    Raises:
+        `ValueError`: they have no seed in common.
     """
     seeds = [seed for (p, seed) in losses.totals if p == pair and (baseline, seed) in losses.totals]
     if not seeds:
         raise ValueError(f"The trials of {pair} have no seed in common with those of {baseline}.")
     by_row = np.mean([losses.totals[pair, seed] - losses.totals[baseline, seed] for seed in seeds], axis=0)
-    rows, tokens = len(by_row), losses.tokens.sum()
+    tokens = losses.tokens.sum()
     value = float(by_row.sum() / tokens)
     of_a_run, degrees = run_variance(losses.means())
     if len(seeds) == 1 or not degrees:
         return Difference(value, None, len(seeds))
-    variances, all_degrees = [2 * of_a_run / len(seeds)], [degrees]
-    if rows > 1:
+    runs, rows = 2 * of_a_run / len(seeds), 0.0
+    weighted = runs**2 / degrees
+    if (count := len(by_row)) > 1:
         residuals = by_row - value * losses.tokens
-        variances.append(rows / (rows - 1) * float(np.sum(residuals**2)) / float(tokens) ** 2)
-        all_degrees.append(rows - 1)
-    variance = sum(variances)
-    if variance == 0:
+        rows = count / (count - 1) * float(np.sum(residuals**2)) / float(tokens) ** 2
+        weighted += rows**2 / (count - 1)
+    if not weighted:
         return Difference(value, 0.0, len(seeds))
-    satterthwaite = variance**2 / sum(v**2 / d for v, d in zip(variances, all_degrees, strict=True))
-    quantile = float(student.ppf((1 + level) / 2, satterthwaite))
-    return Difference(value, quantile * variance**0.5, len(seeds))
+    satterthwaite = (runs + rows) ** 2 / weighted
+    of_rows, of_runs = student.ppf([0.975, 1 - min(0.025, 0.05 / choices)], satterthwaite)
+    return Difference(value, float(np.sqrt(of_rows**2 * rows + of_runs**2 * runs)), len(seeds))
 
 
 @dataclass(frozen=True)
@@ -118,8 +134,7 @@ class Choice:
     Args:
         pair (`Pair`): The pair.
         difference ([`Difference`], *optional*): To the baseline. `None` if it is the baseline.
-        on_other_rows (`bool`): Whether the difference is on other rows than the choice. Without rows it is not, and
-            the interval is wider instead: by Bonferroni, for as many comparisons as there are pairs.
+        on_other_rows (`bool`): Whether the difference is on other rows than the choice, as it is if there are any.
     """
 
     pair: Pair
@@ -128,10 +143,7 @@ class Choice:
 
 
 def choose(losses: Losses, baseline: Pair, greater_is_better: bool = False) -> Choice:
-    """
-    Chooses a pair on one half of the rows, and compares it with the baseline on the other: one comparison, since the
-    best of several looks better on the rows that chose it than it is.
-    """
+    """Chooses a pair on one half of the rows, and compares it with the baseline on the other."""
     others = sorted({p for p, seed in losses.totals if p != baseline and (baseline, seed) in losses.totals})
     has_rows = len(losses.tokens) > 1
     order = np.random.default_rng(0).permutation(len(losses.tokens))
@@ -141,5 +153,4 @@ def choose(losses: Losses, baseline: Pair, greater_is_better: bool = False) -> C
     best = min(gains, key=gains.__getitem__)
     if best == baseline:
         return Choice(best, None, has_rows)
-    level = 0.95 if has_rows else 1 - 0.05 / len(others)
-    return Choice(best, difference(second, best, baseline, level), has_rows)
+    return Choice(best, difference(second, best, baseline, choices=len(others)), has_rows)

@@ -1,0 +1,152 @@
+"""One trial of a sweep: what it measures, against plain loops."""
+
+import json
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wit_trl.cli import trial
+from wit_trl.sweep.retention import GENERAL_PROMPTS, answers, general_prompts, prompts_of
+
+from .reference import region_sums
+
+
+@pytest.fixture
+def run(make_model, tokenizer, prompt_completion, tmp_path):
+    """A function that runs a trial in this process and returns what it wrote."""
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    prompt_completion.select(range(8)).to_json(tmp_path / "data" / "train.jsonl")
+    prompt_completion.select(range(8, 14)).to_json(tmp_path / "data" / "test.jsonl")
+    prompt_completion.select(range(4)).to_json(tmp_path / "other.jsonl")
+
+    def run(name, **flags):
+        flags = {
+            "model_name_or_path": tmp_path / "model",
+            "dataset_name": tmp_path / "data",
+            "output_dir": tmp_path / name,
+            "base_folder": tmp_path / "base",
+            "sweep_process": os.getpid(),
+            "other_sets": f"other={tmp_path / 'other.jsonl'}",
+            "retention_prompts": 2,
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "eval_strategy": "epoch",
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            **flags,
+        }
+        trial.main([word for flag, value in flags.items() for word in (f"--{flag}", str(value))])
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    return run
+
+
+def greedy(model, tokenizer, prompt, count):
+    """A prompt with the most likely token after it, again and again, until the text ends."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count and tokens[len(prompt) :][-1:] != [tokenizer.eos_token_id]:
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_base_model_is_measured_as_it_is_and_its_answers_are_greedy(run, make_model, tokenizer, tmp_path):
+    result = run("base")
+    model = make_model(tie_word_embeddings=True).eval()
+    assert result["metrics"]["eval_retention_loss"] == 0
+    rows = Dataset.from_parquet(str(tmp_path / "base" / "answers.parquet"))
+    assert len(rows) == 2 + len(GENERAL_PROMPTS)
+    for row in rows.select([0, 1, 2, 17]):
+        length = row["completion_mask"].index(1)
+        assert row["completion_mask"] == [0] * length + [1] * (len(row["input_ids"]) - length)
+        assert row["input_ids"][length:] == greedy(model, tokenizer, row["input_ids"][:length], 64)
+    data = Dataset.from_json(str(tmp_path / "data" / "test.jsonl"))
+    assert tokenizer.decode(rows[0]["input_ids"][: rows[0]["completion_mask"].index(1)]) == data[0]["prompt"]
+    assert result["prompts"] == data["prompt"][:3]
+    assert not (tmp_path / "base" / "model").exists()
+
+
+def test_what_a_trial_measures_is_what_plain_loops_find_in_its_model(run, make_model, tmp_path):
+    run("base")
+    (tmp_path / "length.py").write_text("def steps(trainer):\n    return 2 * trainer.state.global_step\n")
+    function = f"{tmp_path / 'length.py'}:steps"
+    result = run("trial_0", prompt_loss_weight=0.25, completion_loss_weight=1, metric_function=function)
+    metrics = result["metrics"]
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "trial_0" / "model").double()
+    base = make_model(tie_word_embeddings=True).double()
+    rows = Dataset.from_parquet(str(tmp_path / "base" / "answers.parquet")).to_list()
+    (_, lost), (_, count) = region_sums(tuned, rows)
+    (_, before), _ = region_sums(base, rows)
+    assert metrics["eval_retention_loss"] == pytest.approx((lost - before).item() / count, rel=1e-4)
+    assert abs(metrics["eval_retention_loss"]) > 0.01
+    assert metrics[function] == 6
+    # The last evaluation of the training and the sums over rows are the same
+    logged = [log for log in result["log_history"] if "eval_loss" in log][-1]
+    assert metrics["eval_completion_loss"] == pytest.approx(logged["eval_completion_loss"], rel=1e-6)
+    assert metrics["eval_prompt_loss"] == pytest.approx(logged["eval_prompt_loss"], rel=1e-6)
+    of_rows = Dataset.from_parquet(str(tmp_path / "trial_0" / "other_rows.parquet"))
+    assert len(of_rows) == 4
+    assert metrics["eval_other_completion_loss"] == sum(of_rows["completion_nll"]) / sum(of_rows["completion_tokens"])
+    assert len(result["answers"]) == 3
+
+
+def test_training_that_diverges_has_no_result(run, tmp_path):
+    run("base")
+    with pytest.raises(SystemExit, match="error: The training diverged: eval_completion_loss is nan"):
+        run("trial_0", learning_rate=1e30)
+    assert not (tmp_path / "trial_0" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"metric_function": "missing.py:f"}, r"--metric is missing.py:f, but there is no file missing.py"),
+        ({"metric_function": "math:missing"}, r"--metric is math:missing, but math has no function missing"),
+        ({"other_sets": "other=missing.jsonl"}, r"There is no file missing.jsonl, or it is empty"),
+        ({"dataset_test_split": "validation"}, r"The data set has no split 'validation'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_training(flags, message, run, monkeypatch):
+    monkeypatch.setattr("wit_trl.WITSFTTrainer.train", None)
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run("base", **flags)
+
+
+def test_answers_do_not_depend_on_the_batch(make_model, tokenizer):
+    model = make_model()
+    prompts = [tokenizer(text)["input_ids"] for text in ("What", "What does it do?", "mean of data")]
+    one_by_one = answers(model, tokenizer, prompts, 1)
+    assert answers(model, tokenizer, prompts, 3) == one_by_one
+    assert [greedy(model, tokenizer, prompt, 64) for prompt in prompts] == one_by_one
+    assert model.training
+
+
+def test_prompts_are_what_comes_before_the_completion(tokenizer):
+    rows = [
+        {"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]},
+        {"input_ids": [4, 5], "completion_mask": [0, 0]},  # no completion
+        {"input_ids": [6, 7], "completion_mask": [1, 1]},  # no prompt
+        {"input_ids": [0] * 600, "completion_mask": [0] * 599 + [1]},  # too long
+        {"input_ids": [8, 9], "completion_mask": [0, 1]},
+    ]
+    assert prompts_of(rows, 5) == [[1, 2], [8]]
+    assert prompts_of(rows, 1) == [[1, 2]]
+    (first, *_) = general_prompts(tokenizer)
+    assert tokenizer.decode(first).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    tokenizer.chat_template = None
+    assert tokenizer.decode(general_prompts(tokenizer)[0]) == f"{GENERAL_PROMPTS[0]}\n"
+
+
+def test_model_of_a_trial_can_be_loaded(run, tmp_path):
+    run("base")
+    run("trial_0", save_model=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "trial_0" / "model").chat_template
+    run("trial_1", save_model=False)
+    assert not (tmp_path / "trial_1" / "model").exists()
