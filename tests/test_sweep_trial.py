@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -12,6 +13,7 @@ from wit_trl.cli import trial
 from wit_trl.sweep.retention import GENERAL_PROMPTS, answers, general_prompts, prompts_of
 
 from .reference import region_sums
+from .training import make_trainer
 
 
 @pytest.fixture
@@ -77,7 +79,23 @@ def test_what_a_trial_measures_is_what_plain_loops_find_in_its_model(run, make_m
     run("base")
     (tmp_path / "length.py").write_text("def steps(trainer):\n    return 2 * trainer.state.global_step\n")
     function = f"{tmp_path / 'length.py'}:steps"
-    result = run("trial_0", prompt_loss_weight=0.25, completion_loss_weight=1, metric_function=function)
+    questions = [("What is a mean?", [" a number", " data"], 0), ("What is data?", [" a", " text of"], 1)]
+    rows = [dict(zip(("question", "choices", "label"), row, strict=True)) for row in questions]
+    Dataset.from_list(rows).to_json(tmp_path / "questions.jsonl")
+    task = {
+        "task": "questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    measured = {"metric_function": function, "lm_eval_tasks": tmp_path / "task.yaml"}
+    result = run("trial_0", prompt_loss_weight=0.25, completion_loss_weight=1, **measured)
     metrics = result["metrics"]
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "trial_0" / "model").double()
     base = make_model(tie_word_embeddings=True).double()
@@ -95,6 +113,17 @@ def test_what_a_trial_measures_is_what_plain_loops_find_in_its_model(run, make_m
     assert len(of_rows) == 4
     assert metrics["eval_other_completion_loss"] == sum(of_rows["completion_nll"]) / sum(of_rows["completion_tokens"])
     assert len(result["answers"]) == 3
+    # The benchmark: which continuation is likelier
+    tokenizer, right = AutoTokenizer.from_pretrained(tmp_path / "model"), 0
+    for question, choices, label in questions:
+        likelihoods = []
+        for choice in choices:
+            prompt, whole = tokenizer(question)["input_ids"], tokenizer(question + choice)["input_ids"]
+            mask = [0] * len(prompt) + [1] * (len(whole) - len(prompt))
+            (_, nll), _ = region_sums(tuned, [{"input_ids": whole, "completion_mask": mask}])
+            likelihoods.append(-nll.item())
+        right += likelihoods[label] > likelihoods[1 - label]
+    assert metrics["eval_questions_acc"] == right / 2
 
 
 def test_training_that_diverges_has_no_result(run, tmp_path):
@@ -119,13 +148,15 @@ def test_what_cannot_be_measured_is_refused_before_the_training(flags, message, 
         run("base", **flags)
 
 
-def test_answers_do_not_depend_on_the_batch(make_model, tokenizer):
-    model = make_model()
+def test_answers_are_greedy_whatever_the_batch(make_model, tokenizer, prompt_completion, config_kwargs):
     prompts = [tokenizer(text)["input_ids"] for text in ("What", "What does it do?", "mean of data")]
-    one_by_one = answers(model, tokenizer, prompts, 1)
-    assert answers(model, tokenizer, prompts, 3) == one_by_one
-    assert [greedy(model, tokenizer, prompt, 64) for prompt in prompts] == one_by_one
-    assert model.training
+    for size in (1, 2, 3):
+        config = config_kwargs | {"per_device_eval_batch_size": size}
+        trainer = make_trainer(make_model, tokenizer, None, config, train_dataset=prompt_completion.select(range(4)))
+        trainer.model.train()
+        written = answers(trainer, prompts)
+        assert written == [greedy(make_model(), tokenizer, prompt, 64) for prompt in prompts]
+        assert trainer.model.training
 
 
 def test_prompts_are_what_comes_before_the_completion(tokenizer):

@@ -195,6 +195,8 @@ def test_evaluation_equals_one_process(engine, scenario, two_processes, one_proc
         assert actual[key] == pytest.approx(expected[key], rel=1e-5), key
     rows, expected_rows = (results(folder, scenario)["rows"] for folder in (two_processes(engine), one_process))
     assert rows == [pytest.approx(row, rel=1e-5) for row in expected_rows]
+    written, expected = (results(folder, scenario)["answers"] for folder in (two_processes(engine), one_process))
+    assert written == expected
 
 
 def test_evaluation_of_a_stream_equals_that_of_stored_rows(tmp_path):

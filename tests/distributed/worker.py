@@ -32,6 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
 from wit_trl.kernels import one_pass
+from wit_trl.sweep.retention import answers
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -180,6 +181,8 @@ def run(folder, scenario, batch_size, accumulation):
     trainer.train()
     metrics = trainer.evaluate()
     rows = trainer.evaluate_rows().to_list() if scenario in ("weighted", "qlora") else []
+    prompts = [[5, 9, 12], [7]] if scenario in ("weighted", "qlora") else []
+    written = answers(trainer, prompts)
     if fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
             parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}
@@ -194,7 +197,7 @@ def run(folder, scenario, batch_size, accumulation):
             trainer._save(str(folder / scenario), state_dict=parameters)
     else:
         trainer.save_model()
-    write_results(trainer, folder / scenario, metrics=metrics, rows=rows)
+    write_results(trainer, folder / scenario, metrics=metrics, rows=rows, answers=written)
 
 
 def write_results(trainer, folder, **results):

@@ -55,6 +55,8 @@ class SweepArguments:
         metric (`str`, *optional*, defaults to `"eval_completion_loss"`):
             What the best pair is chosen by: any metric that is logged, or a function of the trainer, as
             `module:function` or `file.py:function`.
+        lm_eval_tasks (`list[str]`, *optional*):
+            Benchmarks of lm-evaluation-harness that each trial runs: names, or YAML files of tasks of your own.
         storage (`str`, *optional*):
             URL of a database for the trials, such as `postgresql://…`, instead of a file in the output folder.
         keep (`str`, *optional*, defaults to `"best"`):
@@ -86,6 +88,10 @@ class SweepArguments:
     metric: str = field(
         default=TASK_METRIC,
         metadata={"help": "What the best pair is chosen by: a logged metric, or a function, as file.py:function."},
+    )
+    lm_eval_tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks of lm-evaluation-harness that each trial runs: names, or YAML files."},
     )
     storage: str | None = field(
         default=None, metadata={"help": "URL of a database for the trials, instead of a file in the output folder."}
@@ -143,11 +149,11 @@ def settings_of(flags: Flags) -> dict[str, Any]:
     return config | {"eval_packing": False}  # packed rows cannot be told apart
 
 
-def check_packages() -> None:
-    """Raises `ValueError` if a package of the extra `sweep` is not installed."""
-    missing = [name for name in ("optuna", "scipy", "matplotlib") if importlib.util.find_spec(name) is None]
+def check_packages(*names: str) -> None:
+    """Raises `ValueError` if one of these packages is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name.replace("-", "_")) is None]
     if missing:
-        raise ValueError(f"wit-trl sweep needs {', '.join(missing)}. Install with `pip install {' '.join(missing)}`.")
+        raise ValueError(f"This needs {', '.join(missing)}. Install it with `pip install {' '.join(missing)}`.")
 
 
 def main(args: Sequence[str]) -> None:
@@ -155,13 +161,14 @@ def main(args: Sequence[str]) -> None:
     args, debug = split_debug(args)
     types = (SweepArguments, *TRAINING_TYPES)
     with errors_in_one_sentence(debug):
-        check_packages()
+        check_packages("optuna", "scipy", "matplotlib")
         from .sweep_worker import SweepWorker
 
         flags = parse_flags(types, args, "wit-trl sweep", SWEEP_DEFAULTS)
         if flags.is_embedded:
             flags = parse_flags(types, args, "wit-trl sweep", EMBEDDED_SWEEP)
         sweep = SweepArguments(**vars(flags.unchecked[0]))
+        check_packages(*["lm-eval"] * bool(sweep.lm_eval_tasks))
         worker = SweepWorker(sweep, settings_of(flags))
         try:
             worker.prepare(flags.is_embedded)

@@ -82,6 +82,7 @@ class SweepWorker:
             "base_folder": str(self.folder / "base"),
             "other_sets": sweep.eval_dataset,
             "retention_prompts": sweep.retention_prompts,
+            "lm_eval_tasks": sweep.lm_eval_tasks,
         }
         self.study = SweepStudy(self.folder, sweep.storage, config | measured)
         # Each training has a port of its own, since several workers may share a machine

@@ -17,13 +17,13 @@ from typing import Any
 import psutil
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..config import WITSFTConfig
 from ..sweep.metrics import RETENTION_METRIC, TASK_METRIC, loss_metric, rows_file
-from ..sweep.retention import answers, general_prompts, prompts_of, retention_rows
+from ..sweep.retention import answers, general_prompts, prompts_of, retention_rows, tokenizer_of
 from ..trainer import WITSFTTrainer
 from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
 from .loading import load_data, select_splits
@@ -48,6 +48,8 @@ class TrialArguments:
             Evaluation sets, as `name=data set`.
         retention_prompts (`int`, *optional*, defaults to `16`):
             Number of held-out prompts that the base model answers, besides general ones. 0 for no retention.
+        lm_eval_tasks (`list[str]`, *optional*):
+            Benchmarks of lm-evaluation-harness: names, or YAML files.
         metric_function (`str`, *optional*):
             A metric, as `module:function` or `file.py:function`.
         save_model (`bool`, *optional*, defaults to `True`):
@@ -58,6 +60,7 @@ class TrialArguments:
     sweep_process: int = field(default=0, metadata={"help": "The process whose end ends this one."})
     other_sets: list[str] = field(default_factory=list, metadata={"help": "Evaluation sets, as name=data set."})
     retention_prompts: int = field(default=16, metadata={"help": "Number of held-out prompts; 0 for no retention."})
+    lm_eval_tasks: list[str] = field(default_factory=list, metadata={"help": "Benchmarks: names, or YAML files."})
     metric_function: str | None = field(default=None, metadata={"help": "Metric, as module:function."})
     save_model: bool = field(default=True, metadata={"help": "Whether the model is saved."})
 
@@ -119,18 +122,13 @@ def write_rows(rows: Dataset, file: Path, trainer: WITSFTTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def tokenizer_of(trainer: WITSFTTrainer) -> PreTrainedTokenizerBase:
-    processing_class = trainer.processing_class
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-
-
 def answer_as_base(trial: TrialArguments, trainer: WITSFTTrainer) -> None:
     """Writes what the base model answers to the prompts of the sweep, and which of them the report shows."""
-    tokenizer, model = tokenizer_of(trainer), trainer.accelerator.unwrap_model(trainer.model)
-    rows = trainer.eval_dataset if "input_ids" in (trainer.eval_dataset.column_names or []) else []
+    tokenizer = tokenizer_of(trainer)
+    rows = trainer.eval_dataset if "input_ids" in trainer.eval_dataset.column_names else []  # not with images
     held_out = prompts_of(rows, max(trial.retention_prompts, SHOWN_PROMPTS))
     prompts = held_out[: trial.retention_prompts] + general_prompts(tokenizer) * bool(trial.retention_prompts)
-    written = answers(model, tokenizer, prompts, trainer.args.eval_batch_size)
+    written = answers(trainer, prompts)
     if trainer.is_world_process_zero():
         folder = Path(trial.base_folder)
         if trial.retention_prompts:
@@ -138,6 +136,23 @@ def answer_as_base(trial: TrialArguments, trainer: WITSFTTrainer) -> None:
         shown = held_out[:SHOWN_PROMPTS] or general_prompts(tokenizer)[:SHOWN_PROMPTS]
         (folder / "shown_prompts.json").write_text(json.dumps(shown))
     trainer.accelerator.wait_for_everyone()
+
+
+def run_benchmarks(tasks: list[str], trainer: WITSFTTrainer) -> dict[str, float]:
+    """Returns what lm-evaluation-harness measures, as `eval_TASK_METRIC`. Each process evaluates all of it."""
+    import lm_eval  # of the extra `eval`
+    from lm_eval.models.huggingface import HFLM
+
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = HFLM(pretrained=model, tokenizer=tokenizer_of(trainer), batch_size=trainer.args.eval_batch_size)
+    given = [yaml.safe_load(Path(task).read_text()) if task.endswith(".yaml") else task for task in tasks]
+    measured = lm_eval.simple_evaluate(model=model, tasks=given, bootstrap_iters=0, log_samples=False)["results"]
+    return {
+        f"eval_{task}_{metric.removesuffix(',none').replace(',', '_')}": float(value)
+        for task, metrics in measured.items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and metric != "sample_len" and "stderr" not in metric
+    }
 
 
 def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Dataset]) -> dict[str, Any]:
@@ -159,11 +174,13 @@ def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
         before = pq.read_table(base / rows_file("retention"))
         lost = sum(rows["completion_nll"]) - pc.sum(before["completion_nll"]).as_py()
         metrics[RETENTION_METRIC] = lost / sum(rows["completion_tokens"])
+    if trial.lm_eval_tasks:
+        metrics |= run_benchmarks(trial.lm_eval_tasks, trainer)
     if trial.metric_function is not None:
         metrics[trial.metric_function] = float(metric_function(trial.metric_function)(trainer))
-    tokenizer, model = tokenizer_of(trainer), trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer = tokenizer_of(trainer)
     shown = json.loads((base / "shown_prompts.json").read_text())
-    written = answers(model, tokenizer, shown, trainer.args.eval_batch_size)
+    written = answers(trainer, shown)
     return {
         "metrics": metrics,
         "prompts": tokenizer.batch_decode(shown),
@@ -187,6 +204,7 @@ def run(
     if is_base:  # a step that changes nothing: after it, every engine evaluates
         training_args.learning_rate, training_args.max_steps = 0.0, 1
         training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs = "constant", None
+        training_args.eval_strategy = "epoch"  # loads the rows whose prompts are answered
     with errors_in_one_sentence(debug):
         check_packages(model_args)
         make_output_dir(folder)

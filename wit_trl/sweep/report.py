@@ -15,21 +15,19 @@ from .results import SweepResults, signed
 
 def table(results: SweepResults) -> Table:
     """Returns what each pair measured: the mean over its seeds, and the difference from conventional tuning."""
-    title = "λp, with λr = 1" if all(pair[1] == 1 for pair in results.pairs) else "λp, or (λp, λr)"
     metrics = list(dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics]))
-    rows = Table(
-        box=SIMPLE_HEAD, title="Means over the seeds, and what they differ from those of 0", title_justify="left"
-    )
-    headers = [header for name in metrics for header in (name.removeprefix("eval_").replace("_", " "), "minus 0")]
+    rows = Table(box=SIMPLE_HEAD, title="Means over the seeds", title_justify="left")
+    title = "ratio" if all(pair[1] == 1 for pair in results.pairs) else "(λp, λr)"
+    headers = [header for name in metrics for header in (name.removeprefix("eval_").replace("_", " "), "minus 0's")]
     for header in (title, "trials", *headers):
         rows.add_column(header, justify="right")
     before = [results.base_metrics.get(name) for name in metrics]
-    rows.add_row("before", "", *(cell for value in before for cell in ("" if value is None else f"{value:.4f}", "")))
+    rows.add_row("before", "", *(cell for value in before for cell in ("" if value is None else f"{value:.3f}", "")))
     for pair in results.pairs:
         cells = []
         for name in metrics:
             found = results.difference(pair, name)
-            cells += [f"{results.mean(pair, name):.4f}", "" if found is None else signed(found)]
+            cells += [f"{results.mean(pair, name):.3f}", "" if found is None else signed(found)]
         style = "bold" if pair == results.choice.pair else None
         rows.add_row(name_of(pair), str(len(results.of(pair))), *cells, style=style)
     return rows

@@ -237,4 +237,4 @@ def _order(pair: Pair) -> tuple[float, bool, Pair]:
 
 def signed(found: Difference) -> str:
     """Returns a difference with its interval as text."""
-    return f"{found.value:+.4f}" + ("" if found.half_width is None else f" ± {found.half_width:.4f}")
+    return f"{found.value:+.3f}" + ("" if found.half_width is None else f" ± {found.half_width:.3f}")

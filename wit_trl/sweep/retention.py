@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..trainer import WITSFTTrainer
 
 
 MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 512, 64
@@ -47,17 +49,22 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def tokenizer_of(trainer: WITSFTTrainer) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a trainer, which may be part of a processor."""
+    processing_class = trainer.processing_class
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
 @torch.no_grad()
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch_size: int
-) -> list[list[int]]:
+def answers(trainer: WITSFTTrainer, prompts: list[list[int]]) -> list[list[int]]:
     """Returns the greedy answer to each prompt, as tokens, up to its end or to 64 tokens. All ranks call it."""
-    training = model.training
+    tokenizer, model = tokenizer_of(trainer), trainer.accelerator.unwrap_model(trainer.model)
+    training, batch_size = model.training, trainer.args.eval_batch_size
     model.eval()
     written = []
     for start in range(0, len(prompts), batch_size):
         rows = {"input_ids": prompts[start : start + batch_size]}
-        inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+        inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(trainer.args.device)
         tokens = model.generate(
             **inputs,
             max_new_tokens=MAX_ANSWER_TOKENS,
@@ -73,9 +80,9 @@ def answers(
     return written
 
 
-def retention_rows(prompts: list[list[int]], answers: list[list[int]]) -> Dataset:
+def retention_rows(prompts: list[list[int]], written: list[list[int]]) -> Dataset:
     """Returns rows of prompts with their answers as completions."""
-    pairs = list(zip(prompts, answers, strict=True))
+    pairs = list(zip(prompts, written, strict=True))
     return Dataset.from_dict(
         {
             "input_ids": [prompt + answer for prompt, answer in pairs],

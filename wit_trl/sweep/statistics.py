@@ -14,8 +14,8 @@ A difference is paired by seed and by row. With \( \ell_{asi} \) the summed loss
 The interval is Student's, of 95%, with the degrees of freedom of Welch and Satterthwaite.
 
 The best of several pairs looks better than it is. So it is chosen on one half of the rows, and measured on the other.
-Both halves have the noise of the runs in common, whose part of the interval is therefore wider: by Bonferroni, for as
-many pairs as there were to choose from.
+Both halves have the noise of the runs in common, whose part of the interval is therefore wider, as Dunnett's for the
+best of as many pairs as there were to choose from.
 """
 
 from collections.abc import Mapping
@@ -122,8 +122,17 @@ def difference(losses: Losses, pair: Pair, baseline: Pair, choices: int = 1) -> 
     if not weighted:
         return Difference(value, 0.0, len(seeds))
     satterthwaite = (runs + rows) ** 2 / weighted
-    of_rows, of_runs = student.ppf([0.975, 1 - min(0.025, 0.05 / choices)], satterthwaite)
+    of_rows = float(student.ppf(0.975, satterthwaite))
+    of_runs = max(of_rows, _dunnett_quantile(choices, satterthwaite))
     return Difference(value, float(np.sqrt(of_rows**2 * rows + of_runs**2 * runs)), len(seeds))
+
+
+def _dunnett_quantile(choices: int, degrees: float, draws: int = 50_000) -> float:
+    """Returns the 0.95 quantile of how far the best of several pairs is from the baseline by chance, by drawing it."""
+    generator = np.random.default_rng(0)
+    runs = generator.standard_normal((draws, 1 + choices))  # the first is the baseline's, which all share
+    scale = np.sqrt(2 * generator.chisquare(degrees, draws) / degrees)
+    return float(np.quantile((runs[:, 0] - runs[:, 1:].min(axis=1)) / scale, 0.95))
 
 
 @dataclass(frozen=True)
