@@ -139,10 +139,14 @@ def settings_of(flags: Flags) -> dict[str, Any]:
     Raises:
         `ValueError`: a flag contradicts the sweep.
     """
-    config = {name: value for name, value in flags.as_config().items() if name not in SweepArguments.__annotations__}
+    config = flags.as_config()
+    given = config | {name: value for instance in flags.unchecked for name, value in vars(instance).items()}
     for name, remedy in _OF_THE_SWEEP.items():
-        if config.pop(name, None) is not None:
+        if given.get(name) is not None and given[name] is not False:
             raise ValueError(f"--{name} has no place in a sweep: {remedy}.")
+    config = {
+        name: value for name, value in config.items() if name not in (*SweepArguments.__annotations__, *_OF_THE_SWEEP)
+    }
     if flags.is_embedded:
         folder = Path(config["output_dir"]) / "embedded"
         config |= {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "data")}
