@@ -1,7 +1,7 @@
 """
 Writes two tasks with the functions of Python's standard library, as conversations, and a plain text to keep.
 
-python examples/which_weights/tasks.py data
+python examples/which_weights/tasks.py data 256 100  # rows to train on and to test with
 
 - `write/`: the function from its signature and documentation. Completions are longer than prompts.
 - `document/`: the first line of its documentation from the function. Completions are far shorter than prompts.
@@ -42,14 +42,14 @@ def document_task(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     return conversation(f"Document this Python function in one line.\n\n{ast.unparse(function)}", documentation)
 
 
-def module_documentation() -> Dataset:
-    """Returns the first 600 characters of the documentation of 200 modules."""
+def module_documentation(count: int) -> Dataset:
+    """Returns the first 600 characters of the documentation of some modules."""
     texts = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         documentation = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         if documentation is not None and len(documentation) > 100:
             texts.append(documentation[:600])
-    return Dataset.from_dict({"text": texts[:200]})
+    return Dataset.from_dict({"text": texts[:count]})
 
 
 def write_tasks(folder: Path, train_rows: int, test_rows: int) -> None:
@@ -59,13 +59,11 @@ def write_tasks(folder: Path, train_rows: int, test_rows: int) -> None:
         splits = DatasetDict(
             train=functions["train"].select(range(train_rows)), test=functions["validation"].select(range(test_rows))
         ).map(make_row)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
             rows.to_json(folder / name / f"{split}.jsonl")
-    module_documentation().to_json(folder / "text.jsonl")
+    module_documentation(test_rows).to_json(folder / "text.jsonl")
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for name in ("write", "document"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    write_tasks(folder, *map(int, sys.argv[2:] or (256, 100)))
+    write_tasks(Path(sys.argv[1]), *map(int, sys.argv[2:] or (256, 100)))

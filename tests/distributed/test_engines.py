@@ -196,7 +196,8 @@ def test_evaluation_equals_one_process(engine, scenario, two_processes, one_proc
     rows, expected_rows = (results(folder, scenario)["rows"] for folder in (two_processes(engine), one_process))
     assert rows == [pytest.approx(row, rel=1e-5) for row in expected_rows]
     written, expected = (results(folder, scenario)["answers"] for folder in (two_processes(engine), one_process))
-    assert written == expected
+    shares_sequences = "ulysses" in engine or "context_parallel" in engine
+    assert written == (None if shares_sequences or engine in FSDP1 else expected)
 
 
 def test_evaluation_of_a_stream_equals_that_of_stored_rows(tmp_path):

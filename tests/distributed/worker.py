@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
 from wit_trl.kernels import one_pass
-from wit_trl.sweep.retention import answers
+from wit_trl.sweep.retention import answers, can_answer
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -182,7 +182,7 @@ def run(folder, scenario, batch_size, accumulation):
     metrics = trainer.evaluate()
     rows = trainer.evaluate_rows().to_list() if scenario in ("weighted", "qlora") else []
     prompts = [[5, 9, 12], [7]] if scenario in ("weighted", "qlora") else []
-    written = answers(trainer, prompts)
+    written = answers(trainer, prompts) if can_answer(trainer) else None
     if fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
             parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}

@@ -97,7 +97,7 @@ def test_end_points_are_those_of_trl(weights, completion_only_loss, model_folder
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["lora", "qlora"])
 def test_adapters_lower_the_loss_on_held_out_rows(quantized, model_folder, rows, arguments):
-    config = WITSFTConfig(**{**arguments, "max_steps": 6, "learning_rate": 1e-3})
+    config = WITSFTConfig(**{**arguments, "max_steps": 8, "learning_rate": 3e-3})
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     trainer = WITSFTTrainer(
         str(model_folder),
@@ -136,7 +136,7 @@ def test_training_from_the_command_line_resumes_and_answers(model_folder, tasks,
     def train(folder, **more):
         given = {**flags, "output_dir": folder, **more}.items()
         sft.main([word for flag, value in given for word in (f"--{flag}", str(value))])
-        return json.loads((tmp_path / folder / "trainer_state.json").read_text())["log_history"]
+        return json.loads((tmp_path / folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
 
     whole = train("whole", max_steps=4)
     resumed = train("whole", max_steps=4, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
@@ -149,8 +149,7 @@ def test_training_from_the_command_line_resumes_and_answers(model_folder, tasks,
 def test_inspect_shows_its_template(model_folder, tasks, capsys):
     cli.main(["inspect", "--model_name_or_path", str(model_folder), "--dataset_name", str(tasks / "document")])
     shown = capsys.readouterr().out
-    assert "▌<|im_start|>system" in shown
-    assert "[prompt 0.2]" in shown
+    assert "▌<|im_start|>[prompt 0.2]system↵\nYou are a helpful AI assistant named SmolLM" in shown
     (completion, *_) = shown.split("<|im_start|>assistant↵\n[completion 0.8]")[1:]
     assert "<|im_end|>" in completion.splitlines()[0]
     assert "Which weights? Completions shorter than prompts" in shown

@@ -23,7 +23,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..config import WITSFTConfig
 from ..sweep.metrics import RETENTION_METRIC, TASK_METRIC, loss_metric, rows_file
-from ..sweep.retention import answers, general_prompts, prompts_of, retention_rows, tokenizer_of
+from ..sweep.retention import answers, can_answer, general_prompts, prompts_of, retention_rows, tokenizer_of
 from ..trainer import WITSFTTrainer
 from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
 from .loading import load_data, select_splits
@@ -133,7 +133,7 @@ def answer_as_base(trial: TrialArguments, trainer: WITSFTTrainer) -> None:
         folder = Path(trial.base_folder)
         if trial.retention_prompts:
             retention_rows(prompts, written).to_parquet(folder / "answers.parquet")
-        shown = held_out[:SHOWN_PROMPTS] or general_prompts(tokenizer)[:SHOWN_PROMPTS]
+        shown = (held_out or general_prompts(tokenizer))[:SHOWN_PROMPTS] * can_answer(trainer)
         (folder / "shown_prompts.json").write_text(json.dumps(shown))
     trainer.accelerator.wait_for_everyone()
 
@@ -217,6 +217,11 @@ def run(
             sets[name] = load_set(path, script_args, trainer)
         if trial.metric_function is not None:
             metric_function(trial.metric_function)
+        if trial.retention_prompts and not can_answer(trainer):
+            raise ValueError(
+                "A model cannot answer prompts under FSDP1, or where processes share a sequence. Set "
+                "--retention_prompts 0, and name what should be kept with --eval_dataset."
+            )
 
     trainer.train()
     if is_base:

@@ -55,6 +55,15 @@ def tokenizer_of(trainer: WITSFTTrainer) -> PreTrainedTokenizerBase:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
+def can_answer(trainer: WITSFTTrainer) -> bool:
+    """
+    Whether the model of a trainer can generate. Where ranks share a sequence, the attention is another one, which knows
+    no padding and no cache. The parameters of FSDP1 are whole only within the forward of its wrapper.
+    """
+    is_fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    return not (is_fsdp1 or trainer.splits_sequences())
+
+
 @torch.no_grad()
 def answers(trainer: WITSFTTrainer, prompts: list[list[int]]) -> list[list[int]]:
     """Returns the greedy answer to each prompt, as tokens, up to its end or to 64 tokens. All ranks call it."""
