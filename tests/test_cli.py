@@ -1,10 +1,8 @@
 """`wit-trl inspect` as users run it, and its page in a real browser."""
 
-import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,62 +53,6 @@ def run(monkeypatch, capsys, tmp_path):
         return str(error.value)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """A function that runs a headless browser on a file and returns what it prints."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None and not os.environ.get("REQUIRE_BROWSER"):
-        pytest.skip("needs Chromium: apt-get install chromium")
-    assert program, "REQUIRE_BROWSER is set, but there is no Chromium"
-
-    def browse(page, *arguments):
-        flags = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-        flags = [f"--{flag}" for flag in (*flags, "disable-component-update", "disable-sync", "hide-scrollbars")]
-        profile = page.with_suffix(".profile")
-        command = [program, "--headless", *flags, f"--user-data-dir={profile}", *arguments, page.as_uri()]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        finally:
-            shutil.rmtree(profile, ignore_errors=True)
-
-    return browse
-
-
-# What the browser computed for each piece of text, and whether it is drawn
-PROBE = """
-<script>
-addEventListener("load", () => {
-    const walker = document.createTreeWalker(document.querySelector("pre"), NodeFilter.SHOW_TEXT);
-    const pieces = [];
-    while (walker.nextNode()) {
-        const style = getComputedStyle(walker.currentNode.parentElement);
-        const range = document.createRange();
-        range.selectNodeContents(walker.currentNode);
-        const {width, right} = range.getBoundingClientRect();
-        const {color, backgroundColor, fontWeight} = style;
-        pieces.push({text: walker.currentNode.data, color, backgroundColor, fontWeight, width, right});
-    }
-    const {naturalWidth, naturalHeight} = document.querySelector("img");
-    const report = document.createElement("div");
-    report.id = "report";
-    report.textContent = JSON.stringify({pieces, naturalWidth, naturalHeight, title: document.title, innerWidth});
-    document.body.replaceChildren(report);
-});
-</script>
-"""
-
-
-@pytest.fixture
-def probe(browser, tmp_path):
-    def probe(page):
-        copy = tmp_path / "probe.html"
-        copy.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-        (report,) = re.findall(r'<div id="report">(.*?)</div>', browser(copy, "--dump-dom"), flags=re.DOTALL)
-        return json.loads(html.unescape(report))
-
-    return probe
 
 
 def rgb(colour):

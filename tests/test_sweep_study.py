@@ -1,7 +1,9 @@
 """The trials of a sweep, held by Optuna: each is done once, whoever dies."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from optuna.trial import TrialState
+from rich.console import Console
 
 from wit_trl.sweep.metrics import RETENTION_METRIC, TASK_METRIC
 from wit_trl.sweep.pairs import BASELINE
+from wit_trl.sweep.report import html_page, plot, show
 from wit_trl.sweep.results import SweepResults
 from wit_trl.sweep.study import SweepStudy, TrialSettings
 
@@ -255,3 +259,28 @@ def test_frontier_has_what_is_not_beaten_on_both_axes(make_results):
     values = {(0.0, 1.0): (1.0, 3.0), (0.25, 1.0): (2.0, 2.0), (1.0, 1.0): (2.5, 2.5)}
     results.mean = lambda pair, metric: values[pair][metric != TASK_METRIC]
     assert [pair for pair in results.pairs if results.is_frontier(pair, RETENTION_METRIC)] == [BASELINE, (0.25, 1.0)]
+
+
+def test_page_in_a_browser(make_results, probe, tmp_path):
+    results = make_results(effect=-2.0, metric="eval_accuracy")
+    (tmp_path / "page.html").write_text(html_page(results, "model: {tiny} <b>", plot(results)), encoding="utf-8")
+    report = probe(tmp_path / "page.html")
+    assert report["title"] == "wit-trl sweep"
+    assert (report["naturalWidth"], report["naturalHeight"]) > (1200, 300)
+    pieces = report["pieces"]
+    assert all(piece["right"] <= report["innerWidth"] for piece in pieces)
+    text = "".join(piece["text"] for piece in pieces)
+    for sentence in results.sentences():
+        assert sentence.split() == text[text.index(sentence[:20]) :].split()[: len(sentence.split())]
+    assert "Held-out prompt 1\nSay <b>{hi}</b>\n" in text
+    answers = re.findall(r"^(\S+): answer of (\w+)$", text, flags=re.MULTILINE)
+    assert answers == [("before", "base"), ("0", "trial_0"), ("0.25", "trial_3"), ("1", "trial_6")]
+
+
+def test_table_fits_a_terminal_and_marks_what_was_chosen(make_results):
+    results = make_results(effect=-2.0)
+    console = Console(file=io.StringIO(), width=80)
+    show(console, results)
+    shown = console.file.getvalue()
+    for metric in ("eval_completion_loss", "eval_other_completion_loss"):
+        assert re.search(rf"{metric} +before +[\d.]+\s+0 +3 +[\d.]+\s+0.25 +3 +[\d.]+ +-0.\d+ ± 0.\d+\s", shown)

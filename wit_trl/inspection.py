@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .advice import advise
 from .data_collator import DataCollatorForWIT
-from .page import page
+from .page import page, printable
 from .report import WeightReport
 from .weights import REGIONS
 
@@ -22,19 +21,6 @@ from .weights import REGIONS
 # Two shades each, which alternate from token to token
 _SHADES = {0: ("#b3cde8", "#d3e3f3"), 1: ("#ffc48a", "#ffddb8")}
 _DOCUMENT_START = "▌"
-
-
-def _printable(text: str) -> str:
-    """Returns `text` with line breaks and tabs marked, and all else that a terminal would act on escaped."""
-
-    def show(character: str) -> str:
-        if character in "\n\t":
-            return {"\n": "↵\n", "\t": "⇥\t"}[character]
-        # But for the joiners of emoji and of Persian and Indic words
-        acts = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") and character not in "\u200c\u200d"
-        return character.encode("unicode_escape").decode() if acts else character
-
-    return "".join(map(show, text))
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[Any]) -> list[str]:
@@ -108,7 +94,7 @@ def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weigh
             repeated += 1
             continue
         text.append(
-            _printable(piece), style + Style(bold=True, underline=True) if tokens[position] in special else style
+            printable(piece), style + Style(bold=True, underline=True) if tokens[position] in special else style
         )
         if repeated > 1:
             text.append(f" x {repeated:,} ", "bold")

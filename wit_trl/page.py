@@ -1,7 +1,8 @@
-"""The pages for a browser: what a terminal shows, and a picture."""
+"""Pages for a browser: what a terminal shows, and a picture."""
 
 import base64
 import html
+import unicodedata
 
 from rich.console import Console
 
@@ -25,6 +26,19 @@ img {{ max-width: 100%; }}
 </body>
 </html>
 """
+
+
+def printable(text: str) -> str:
+    """Returns `text` with line breaks and tabs marked, and all else that a terminal would act on escaped."""
+
+    def show(character: str) -> str:
+        if character in "\n\t":
+            return {"\n": "↵\n", "\t": "⇥\t"}[character]
+        # But for the joiners of emoji and of Persian and Indic words
+        acts = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") and character not in "\u200c\u200d"
+        return character.encode("unicode_escape").decode() if acts else character
+
+    return "".join(map(show, text))
 
 
 def page(name: str, heading: str, console: Console, image: bytes, alt: str) -> str:

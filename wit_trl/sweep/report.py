@@ -7,29 +7,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..page import page
+from ..page import page, printable
 from .metrics import TASK_METRIC, loss_metric
 from .pairs import BASELINE, name_of
 from .results import SweepResults, signed
 
 
 def table(results: SweepResults) -> Table:
-    """Returns what each pair measured: the mean over its seeds, and the difference from conventional tuning."""
-    metrics = list(dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics]))
+    """Returns what each pair measured: the means over its seeds, and the differences from conventional tuning."""
     rows = Table(box=SIMPLE_HEAD, title="Means over the seeds", title_justify="left")
-    title = "ratio" if all(pair[1] == 1 for pair in results.pairs) else "(λp, λr)"
-    headers = [header for name in metrics for header in (name.removeprefix("eval_").replace("_", " "), "minus 0's")]
-    for header in (title, "trials", *headers):
+    rows.add_column("metric")
+    for header in (
+        "ratio" if all(pair[1] == 1 for pair in results.pairs) else "(λp, λr)",
+        "trials",
+        "mean",
+        "minus 0's",
+    ):
         rows.add_column(header, justify="right")
-    before = [results.base_metrics.get(name) for name in metrics]
-    rows.add_row("before", "", *(cell for value in before for cell in ("" if value is None else f"{value:.3f}", "")))
-    for pair in results.pairs:
-        cells = []
-        for name in metrics:
-            found = results.difference(pair, name)
-            cells += [f"{results.mean(pair, name):.3f}", "" if found is None else signed(found)]
-        style = "bold" if pair == results.choice.pair else None
-        rows.add_row(name_of(pair), str(len(results.of(pair))), *cells, style=style)
+    for metric in dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics]):
+        rows.add_section()
+        before = results.base_metrics.get(metric)
+        rows.add_row(metric, "before", "", "" if before is None else f"{before:.3f}", "")
+        for pair in results.pairs:
+            found = results.difference(pair, metric)
+            cells = (
+                str(len(results.of(pair))),
+                f"{results.mean(pair, metric):.3f}",
+                "" if found is None else signed(found),
+            )
+            rows.add_row("", name_of(pair), *cells, style="bold" if pair == results.choice.pair else None)
     return rows
 
 
@@ -52,9 +58,9 @@ def html_page(results: SweepResults, heading: str, image: bytes) -> str:
     ]
     for number, prompt in enumerate(results.prompts):
         console.print(Text(f"\nHeld-out prompt {number + 1}", "bold"))
-        console.print(Text(prompt, "dim"))
+        console.print(Text(printable(prompt), "dim"))
         for name, answers in written:
-            console.print(Text(f"\n{name}: ", "bold").append(answers[number], "default"))
+            console.print(Text(f"\n{name}: ", "bold").append(printable(answers[number]), "not bold"))
     return page("wit-trl sweep", heading, console, image, "Metrics of all trials by the ratio of the weights")
 
 
@@ -82,6 +88,7 @@ def plot(results: SweepResults) -> bytes:
             axes.set(xlabel=f"{x}, in nats per token", ylabel=y)
     of_metric.set_xticks(range(len(results.pairs)), [name_of(pair) for pair in results.pairs])
     of_metric.set(xlabel="ratio of the weights", ylabel=results.metric)
+    of_metric.set_title("bars: 95% of the difference from 0", fontsize="small")
     if results.of(BASELINE):
         of_metric.axhline(results.mean(BASELINE, results.metric), color="grey", linewidth=0.8, linestyle="--")
     for axes, (x, y) in zip(of_planes[1:], planes[1:], strict=True):
