@@ -126,14 +126,27 @@ def test_failed_trial_is_tried_again_at_the_next_start_alone(study, tmp_path):
     assert finish(again) == WANTED[:1]
 
 
-def test_other_settings_are_refused(study, tmp_path):
-    SweepStudy(tmp_path / "..", "sqlite:///" + str(tmp_path / "trials.db"), {"learning_rate": 1.0})
+def test_other_settings_are_refused_once_there_is_a_trial(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'trials.db'}"
+    (tmp_path / "base").mkdir()
+    SweepStudy(tmp_path, storage, {"learning_rate": 1.0})
+    assert (tmp_path / "base").exists()
+    study = SweepStudy(tmp_path, storage, {"learning_rate": 2.0})
+    assert not (tmp_path / "base").exists()  # it was measured for a start that never came to a trial
+    study.add(WANTED)
     with pytest.raises(ValueError, match=r"has trials with another learning_rate, model_name_or_path\. Choose another"):
-        SweepStudy(
-            tmp_path / "..",
-            "sqlite:///" + str(tmp_path / "trials.db"),
-            {"learning_rate": 2.0, "model_name_or_path": "model"},
-        )
+        SweepStudy(tmp_path, storage, {"learning_rate": 3.0, "model_name_or_path": "model"})
+    assert len(SweepStudy(tmp_path, storage, {"learning_rate": 2.0}).trials) == len(WANTED)
+
+
+def test_folder_can_be_renamed_and_two_folders_of_one_name_share_a_database(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'trials.db'}"
+    folders = [tmp_path / "a" / "sweep", tmp_path / "b" / "sweep"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        SweepStudy(folder, storage, {}).add(WANTED[:1])
+    renamed = folders[0].rename(tmp_path / "renamed")
+    assert [len(SweepStudy(folder, storage, {}).trials) for folder in (renamed, folders[1])] == [1, 1]
 
 
 def write_trial(folder, completion_nll, metrics, seed=0):
@@ -146,7 +159,12 @@ def write_trial(folder, completion_nll, metrics, seed=0):
     Dataset.from_dict(rows).to_parquet(folder / "other_rows.parquet")
     loss = float(np.sum(completion_nll)) / (5 * count)
     metrics = {TASK_METRIC: loss, "eval_prompt_loss": 1.0, "eval_other_completion_loss": loss} | metrics
-    result = {"metrics": metrics, "prompts": ["Say <b>{hi}</b>"], "answers": [f"answer of {folder.name}"]}
+    result = {
+        "metrics": metrics,
+        "greater_is_better": {},
+        "prompts": ["Say <b>{hi}</b>"],
+        "answers": [f"answer of {folder.name}"],
+    }
     (folder / "result.json").write_text(json.dumps(result))
     return loss
 
@@ -170,7 +188,7 @@ def make_results(study, tmp_path):
             rows = base + effect * settings.pair[0] + settings.seed + generator.normal(0, 0.1, 100)
             loss = write_trial(study.folder_of(trial), rows, {"eval_accuracy": settings.pair[0]})
             study.tell(trial, loss, seconds=1.0)
-        return SweepResults(study, metric, greater_is_better=metric == "eval_accuracy", clips=clips)
+        return SweepResults(study, metric, greater_is_better=None, clips=clips)
 
     return make
 
@@ -194,7 +212,7 @@ def test_no_difference_is_said_where_there_is_none_or_0_is_best(effect, make_res
     results = make_results(effect)
     assert "no difference found" in results.sentences()[0]
     if effect:
-        assert results.sentences()[0].endswith("no difference found, 0 does best.")
+        assert results.sentences()[0].endswith("no difference found in favour of another ratio than 0.")
         assert results.best.settings.pair == BASELINE
 
 

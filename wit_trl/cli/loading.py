@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
@@ -30,7 +31,13 @@ def errors_of_model(name: str) -> Iterator[None]:
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """Returns the splits of a data set from the Hub, a local folder or a local file, or of a mixture."""
     if dataset_args.datasets:
-        return get_dataset(dataset_args)
+        # TRL splits a mixture by the state of numpy's generator, which differs in each process
+        state = np.random.get_state()
+        np.random.seed(0)
+        try:
+            return get_dataset(dataset_args)
+        finally:
+            np.random.set_state(state)
     path = Path(script_args.dataset_name)
     loaders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
     if path.suffix in loaders and (not path.is_file() or path.stat().st_size == 0):

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..embedded import EMBEDDED_DEFAULTS
 from ..sweep.metrics import TASK_METRIC
 from ..sweep.pairs import BASELINE, PAPER_PAIRS, Pair
 from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_flags, split_debug
+from .launch import accelerate_config_file
 
 
 # No clipping: only then the ratio of the weights is all that matters. `None` tells what is not given.
@@ -31,6 +34,8 @@ _OF_THE_SWEEP = {
     "push_to_hub": "train with best.yaml and push that",
     "num_machines": "a trial runs on one machine. Start `wit-trl sweep` on each, with an --output_dir that they share",
 }
+# Over the tokens with a weight, or weighted
+_WEIGHTED_METRICS = [p + n for p in ("", "eval_", "train_") for n in ("loss", "entropy", "mean_token_accuracy")]
 
 
 @dataclass
@@ -99,11 +104,19 @@ class SweepArguments:
     keep: str = field(default="best", metadata={"help": "Whose model is kept.", "choices": ["best", "all", "none"]})
 
     def __post_init__(self):
-        if sum((bool(self.pairs), self.grid is not None)) > 1:
+        for name in ("ratios", "seeds", "pairs", "eval_dataset", "lm_eval_tasks"):  # a YAML file may have a single one
+            if not isinstance(value := getattr(self, name), list):
+                setattr(self, name, [value])
+        if self.pairs and self.grid is not None:
             raise ValueError("--pairs and --grid both name the pairs. Leave out one of them.")
         for flag, values in (("ratios", self.ratios), ("seeds", self.seeds)):
             if not values:
                 raise ValueError(f"--{flag} has no value. Give at least one.")
+        if self.metric in _WEIGHTED_METRICS:
+            raise ValueError(
+                f"--metric is {self.metric}, which depends on the weights: it is another number for the same model. "
+                "Take that of a region, such as eval_completion_loss or eval_completion_mean_token_accuracy."
+            )
         if self.retention_prompts < 0:
             raise ValueError(f"--retention_prompts is {self.retention_prompts}, but it must not be negative.")
         names = [name for name, path in (part.split("=", 1) if "=" in part else ("", "") for part in self.eval_dataset)]
@@ -123,9 +136,9 @@ class SweepArguments:
             pairs = PAPER_PAIRS
         elif self.pairs:
             try:
-                split = [pair.split(",") for pair in self.pairs]
+                split = [pair.split(",") if isinstance(pair, str) else pair for pair in self.pairs]
                 pairs = [(float(prompt), float(completion)) for prompt, completion in split]
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"--pairs is {self.pairs}, but each must be two numbers, such as 0.2,0.8.") from error
         else:
             pairs = [(ratio, 1.0) for ratio in self.ratios]
@@ -141,6 +154,11 @@ def settings_of(flags: Flags) -> dict[str, Any]:
     """
     config = flags.as_config()
     given = config | {name: value for instance in flags.unchecked for name, value in vars(instance).items()}
+    if file := given.get("config_file") or given.get("accelerate_config"):
+        launched = yaml.safe_load(accelerate_config_file(file).read_text(encoding="utf-8"))
+        given = {"num_machines": launched.get("num_machines")} | given
+    if str(given.get("num_machines")) == "1":
+        del given["num_machines"]
     for name, remedy in _OF_THE_SWEEP.items():
         if given.get(name) is not None and given[name] is not False:
             raise ValueError(f"--{name} has no place in a sweep: {remedy}.")
@@ -173,9 +191,9 @@ def main(args: Sequence[str]) -> None:
             flags = parse_flags(types, args, "wit-trl sweep", EMBEDDED_SWEEP)
         sweep = SweepArguments(**vars(flags.unchecked[0]))
         check_packages(*["lm-eval"] * bool(sweep.lm_eval_tasks))
-        worker = SweepWorker(sweep, settings_of(flags))
+        worker = SweepWorker(sweep, settings_of(flags), flags.is_embedded)
         try:
-            worker.prepare(flags.is_embedded)
+            worker.prepare()
             worker.work()
         except KeyboardInterrupt:
             print("Interrupted. The same command goes on where it stopped.", file=sys.stderr)

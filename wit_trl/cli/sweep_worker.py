@@ -1,10 +1,8 @@
 """A worker of `wit-trl sweep`: it runs trials until none is left, and reports."""
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -31,6 +29,15 @@ from ..sweep.study import SweepStudy, TrialSettings
 if TYPE_CHECKING:
     from .sweep import SweepArguments
 
+# After it, every engine evaluates; and it tells whether the memory suffices
+_ONE_IDLE_STEP = {
+    "learning_rate": 0.0,
+    "max_steps": 1,
+    "lr_scheduler_type": "constant",
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+}
 _LOG_LINES = 25  # of a trial that failed
 _POLL_SECONDS = 2
 
@@ -52,12 +59,13 @@ def train(config: dict[str, Any], folder: Path) -> str | None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     command = [sys.executable, "-m", "wit_trl.cli.launch", "--config", str(folder / "config.yaml")]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        # In a session of its own, which Ctrl-C does not reach
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait()
-        finally:  # what the launcher left behind, or all of it if the sweep is interrupted
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        except BaseException:
+            process.kill()  # the training ends with its launcher
+            raise
     if status == 0 and (folder / "result.json").exists():
         return None
     lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -73,25 +81,31 @@ class SweepWorker:
             What is searched.
         config (`dict`):
             What all trials have in common, as a YAML file for `wit-trl sft` holds it.
+        is_embedded (`bool`):
+            Whether they train the embedded default, which is saved first.
     """
 
-    def __init__(self, sweep: "SweepArguments", config: dict[str, Any]):
-        self.sweep, self.config, self.folder, self.console = sweep, config, Path(config["output_dir"]), Console()
+    def __init__(self, sweep: "SweepArguments", config: dict[str, Any], is_embedded: bool):
+        self.sweep, self.config, self.is_embedded = sweep, config, is_embedded
+        self.folder, self.console = Path(config["output_dir"]), Console()
         self.folder.mkdir(parents=True, exist_ok=True)
         measured = {
-            "base_folder": str(self.folder / "base"),
             "other_sets": sweep.eval_dataset,
             "retention_prompts": sweep.retention_prompts,
             "lm_eval_tasks": sweep.lm_eval_tasks,
         }
-        self.study = SweepStudy(self.folder, sweep.storage, config | measured)
+        # Neither where it is nor how it is read
+        apart = {"output_dir", "greater_is_better"} | ({"model_name_or_path", "dataset_name"} if is_embedded else set())
+        settings = {name: value for name, value in (config | measured).items() if name not in apart}
+        self.study = SweepStudy(self.folder, sweep.storage, settings)
         # Each training has a port of its own, since several workers may share a machine
         self._config_of_trials = {"print_weight_report": False, "main_process_port": 0, **config, **measured}
+        self._config_of_trials["base_folder"] = str(self.folder / "base")
         self._config_of_trials["save_model"] = sweep.keep != "none"
         if ":" in sweep.metric:
             self._config_of_trials["metric_function"] = sweep.metric
 
-    def prepare(self, is_embedded: bool) -> None:
+    def prepare(self) -> None:
         """
         Measures the model before training, writes what it answers, and prepares the data for all trials. The first
         worker does it, while the others wait.
@@ -103,10 +117,12 @@ class SweepWorker:
         with FileLock(self.folder / "base.lock"):
             if (base / "result.json").exists():
                 return
-            if is_embedded:
+            if self.is_embedded:
                 save_embedded(self.folder / "embedded")
             self.console.print("Measuring the model before any training ...")
-            if error := train(self._config_of_trials | TrialSettings(BASELINE, self.sweep.seeds[0]).as_config(), base):
+            config = self._config_of_trials | TrialSettings(BASELINE, self.sweep.seeds[0]).as_config() | _ONE_IDLE_STEP
+            config.pop("lr_scheduler_kwargs", None)
+            if error := train(config, base):
                 raise ValueError(f"The model cannot be measured. The end of {base / 'log.txt'}:\n{error}")
 
     def work(self) -> None:
@@ -135,6 +151,9 @@ class SweepWorker:
         self.console.print(f"{counts}: {name} ...")
         error = train(self._config_of_trials | settings.as_config(), folder)
         seconds = round(time.monotonic() - start, 1)
+        if self.sweep.keep != "all":
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
         if error is not None:
             self.study.tell(trial, None, seconds=seconds, error=error)
             self.console.print(f"{name} failed. The end of {folder / 'log.txt'}:\n{error}", markup=False)
@@ -147,8 +166,8 @@ class SweepWorker:
 
     def results(self) -> SweepResults:
         """Returns what was measured so far."""
-        greater_is_better = self.config.get("greater_is_better", not self.sweep.metric.endswith("loss"))
-        return SweepResults(self.study, self.sweep.metric, greater_is_better, self.config.get("max_grad_norm", 1.0) > 0)
+        clips = self.config.get("max_grad_norm", 1.0) > 0
+        return SweepResults(self.study, self.sweep.metric, self.config.get("greater_is_better"), clips)
 
     def _drop_models(self, results: SweepResults, kept: Collection[int]) -> None:
         """Removes the models of other trials than those of these numbers, unless all are kept."""
@@ -162,6 +181,8 @@ class SweepWorker:
         self._drop_models(results, {results.best.number})
         show(self.console, results)
         best = self.config | results.best.settings.as_config() | {"output_dir": str(self.folder / "best")}
+        if not best.get("load_best_model_at_end"):
+            best["eval_strategy"] = "epoch"  # also after the last step
         image, conclusion = plot(results), results.sentences()[0]
         heading = f"model: {best['model_name_or_path']}\ndata set: {best.get('dataset_name', 'a mixture')}"
         lines = [json.dumps(trial.as_json(), ensure_ascii=False) + "\n" for trial in results.trials]
@@ -176,5 +197,9 @@ class SweepWorker:
             part.write_bytes(content)
             part.replace(self.folder / name)
         self.console.print(f"Written to {self.folder}: {', '.join(contents)}", soft_wrap=True)
-        if self.sweep.keep == "best":
-            self.console.print(f"The best model: {results.best.folder / 'model'}", soft_wrap=True)
+        if (model := results.best.folder / "model").exists():
+            self.console.print(f"The best model: {model}", soft_wrap=True)
+        else:
+            self.console.print(
+                f"To train the best model: wit-trl sft --config {self.folder / 'best.yaml'}", soft_wrap=True
+            )

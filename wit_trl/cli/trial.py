@@ -17,13 +17,20 @@ from typing import Any
 import psutil
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from ..config import WITSFTConfig
-from ..sweep.metrics import RETENTION_METRIC, TASK_METRIC, loss_metric, rows_file
-from ..sweep.retention import answers, can_answer, general_prompts, prompts_of, retention_rows, tokenizer_of
+from ..sweep.metrics import RETENTION_METRIC, loss_metric, rows_file
+from ..sweep.retention import (
+    answers,
+    can_answer,
+    general_prompts,
+    prompts_of,
+    retention_rows,
+    tokenizer_of,
+)
 from ..trainer import WITSFTTrainer
 from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
 from .loading import load_data, select_splits
@@ -69,13 +76,18 @@ TRIAL_TYPES = (TrialArguments, *TRAINING_TYPES)
 
 
 def end_with(process: int) -> None:
-    """Ends this process soon after another one, which may be killed before it can end this one itself."""
-    sweep = psutil.Process(process)
+    """
+    Ends this process soon after its launcher or the given process, which may be killed before they can end it. They run
+    in sessions of their own.
+    """
+    launcher, sweep = os.getppid(), psutil.Process(process)
 
     def watch() -> None:
-        while sweep.is_running() and sweep.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(1)
-        os._exit(1)
+        try:
+            while os.getppid() == launcher and sweep.is_running() and sweep.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        finally:
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -100,7 +112,7 @@ def metric_function(name: str) -> Callable[[WITSFTTrainer], float]:
 def load_set(path: str, script_args: ScriptArguments, trainer: WITSFTTrainer) -> Dataset:
     """Returns the rows of another evaluation set: of its test split, or of its only one."""
     script_args = copy.copy(script_args)
-    script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming = path, None, False
+    script_args.dataset_name, script_args.dataset_config = path, None
     dataset = load_data(script_args, DatasetMixtureConfig())
     split = script_args.dataset_test_split if len(dataset) > 1 else next(iter(dataset))
     return select_splits(dataset, [split], trainer.processing_class, trainer.args)[split]
@@ -125,34 +137,44 @@ def write_rows(rows: Dataset, file: Path, trainer: WITSFTTrainer) -> None:
 def answer_as_base(trial: TrialArguments, trainer: WITSFTTrainer) -> None:
     """Writes what the base model answers to the prompts of the sweep, and which of them the report shows."""
     tokenizer = tokenizer_of(trainer)
-    rows = trainer.eval_dataset if "input_ids" in trainer.eval_dataset.column_names else []  # not with images
-    held_out = prompts_of(rows, max(trial.retention_prompts, SHOWN_PROMPTS))
-    prompts = held_out[: trial.retention_prompts] + general_prompts(tokenizer) * bool(trial.retention_prompts)
+    count, held_out = trial.retention_prompts, []
+    if can_answer(trainer):
+        held_out = prompts_of(trainer.eval_dataset, max(count, SHOWN_PROMPTS))
+    prompts = (held_out[:count] + general_prompts(tokenizer)) * bool(count)
     written = answers(trainer, prompts)
     if trainer.is_world_process_zero():
         folder = Path(trial.base_folder)
-        if trial.retention_prompts:
+        if count:
             retention_rows(prompts, written).to_parquet(folder / "answers.parquet")
         shown = (held_out or general_prompts(tokenizer))[:SHOWN_PROMPTS] * can_answer(trainer)
         (folder / "shown_prompts.json").write_text(json.dumps(shown))
     trainer.accelerator.wait_for_everyone()
 
 
-def run_benchmarks(tasks: list[str], trainer: WITSFTTrainer) -> dict[str, float]:
-    """Returns what lm-evaluation-harness measures, as `eval_TASK_METRIC`. Each process evaluates all of it."""
+def run_benchmarks(tasks: list[str], trainer: WITSFTTrainer) -> tuple[dict[str, float], dict[str, bool]]:
+    """
+    Returns what lm-evaluation-harness measures, as `eval_TASK_METRIC`, and for each whether more is better. Each
+    process evaluates all of it.
+    """
     import lm_eval  # of the extra `eval`
     from lm_eval.models.huggingface import HFLM
 
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     model = HFLM(pretrained=model, tokenizer=tokenizer_of(trainer), batch_size=trainer.args.eval_batch_size)
-    given = [yaml.safe_load(Path(task).read_text()) if task.endswith(".yaml") else task for task in tasks]
-    measured = lm_eval.simple_evaluate(model=model, tasks=given, bootstrap_iters=0, log_samples=False)["results"]
-    return {
-        f"eval_{task}_{metric.removesuffix(',none').replace(',', '_')}": float(value)
-        for task, metrics in measured.items()
-        for metric, value in metrics.items()
-        if isinstance(value, int | float) and metric != "sample_len" and "stderr" not in metric
-    }
+    given = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in tasks]
+    # Only the first process of a machine has the results
+    (found,) = broadcast_object_list(
+        [lm_eval.simple_evaluate(model=model, tasks=given, bootstrap_iters=0, log_samples=False)]
+    )
+    metrics, greater_is_better = {}, {}
+    for task, measured in found["results"].items():
+        for name, value in measured.items():
+            metric, _, variant = name.partition(",")
+            if isinstance(value, int | float) and variant and not metric.endswith("_stderr"):
+                full_name = f"eval_{task}_{metric}" + f"_{variant}" * (variant != "none")
+                metrics[full_name] = float(value)
+                greater_is_better[full_name] = bool(found["higher_is_better"][task].get(metric, True))
+    return metrics, greater_is_better
 
 
 def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Dataset]) -> dict[str, Any]:
@@ -174,8 +196,10 @@ def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
         before = pq.read_table(base / rows_file("retention"))
         lost = sum(rows["completion_nll"]) - pc.sum(before["completion_nll"]).as_py()
         metrics[RETENTION_METRIC] = lost / sum(rows["completion_tokens"])
+    greater_is_better: dict[str, bool] = {}
     if trial.lm_eval_tasks:
-        metrics |= run_benchmarks(trial.lm_eval_tasks, trainer)
+        of_benchmarks, greater_is_better = run_benchmarks(trial.lm_eval_tasks, trainer)
+        metrics |= of_benchmarks
     if trial.metric_function is not None:
         metrics[trial.metric_function] = float(metric_function(trial.metric_function)(trainer))
     tokenizer = tokenizer_of(trainer)
@@ -183,6 +207,7 @@ def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
     written = answers(trainer, shown)
     return {
         "metrics": metrics,
+        "greater_is_better": greater_is_better,  # of the benchmarks
         "prompts": tokenizer.batch_decode(shown),
         "answers": tokenizer.batch_decode(written),
         "log_history": trainer.state.log_history,
@@ -201,25 +226,23 @@ def run(
     end_with(trial.sweep_process)
     folder = Path(training_args.output_dir)
     is_base = folder == Path(trial.base_folder)
-    if is_base:  # a step that changes nothing: after it, every engine evaluates
-        training_args.learning_rate, training_args.max_steps = 0.0, 1
-        training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs = "constant", None
-        training_args.eval_strategy = "epoch"  # loads the rows whose prompts are answered
     with errors_in_one_sentence(debug):
         check_packages(model_args)
         make_output_dir(folder)
         dataset = load_data(script_args, dataset_args)
         trainer = make_trainer(dataset, script_args, training_args, model_args)
+        stored, stored_mixture = copy.copy(script_args), copy.copy(dataset_args)
+        stored.dataset_streaming = stored_mixture.streaming = False  # a stream has no rows to tell apart
         split = script_args.dataset_test_split
-        sets = select_splits(dataset, [split], trainer.processing_class, training_args)
-        sets = {"": sets[split]}
+        data = load_data(stored, stored_mixture)
+        sets = {"": select_splits(data, [split], trainer.processing_class, training_args)[split]}
         for name, _, path in (other.partition("=") for other in trial.other_sets):
-            sets[name] = load_set(path, script_args, trainer)
+            sets[name] = load_set(path, stored, trainer)
         if trial.metric_function is not None:
             metric_function(trial.metric_function)
         if trial.retention_prompts and not can_answer(trainer):
             raise ValueError(
-                "A model cannot answer prompts under FSDP1, or where processes share a sequence. Set "
+                "The model cannot answer prompts under FSDP1, where processes share a sequence, or with images. Set "
                 "--retention_prompts 0, and name what should be kept with --eval_dataset."
             )
 
@@ -229,8 +252,9 @@ def run(
     elif trial.save_model:
         trainer.save_model(str(folder / "model"))
     result = measure(trial, trainer, sets)
-    if not math.isfinite(loss := result["metrics"][TASK_METRIC]):
-        sys.exit(f"error: The training diverged: {TASK_METRIC} is {loss}.")
+    for name, value in result["metrics"].items():
+        if not math.isfinite(value) and (name.startswith("eval_") or name == trial.metric_function):
+            sys.exit(f"error: The training diverged: {name} is {value}.")
     if trainer.is_world_process_zero():
         (folder / "result.part").write_text(json.dumps(result))
         (folder / "result.part").rename(folder / "result.json")

@@ -24,7 +24,7 @@ def table(results: SweepResults) -> Table:
         "minus 0's",
     ):
         rows.add_column(header, justify="right")
-    for metric in dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics]):
+    for metric in dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics, *results.benchmarks]):
         rows.add_section()
         before = results.base_metrics.get(metric)
         rows.add_row(metric, "before", "", "" if before is None else f"{before:.3f}", "")

@@ -84,8 +84,8 @@ class SweepResults:
             The study.
         metric (`str`):
             What the best pair is chosen by.
-        greater_is_better (`bool`):
-            Whether more of it is better.
+        greater_is_better (`bool`, *optional*):
+            Whether more of it is better. By default what the benchmark says, or whether its name ends with `"loss"`.
         clips (`bool`):
             Whether the trials clip gradients, so that pairs of one ratio may differ.
 
@@ -93,12 +93,16 @@ class SweepResults:
         `ValueError`: no trial is done, or not all of them have the metric.
     """
 
-    def __init__(self, study: SweepStudy, metric: str, greater_is_better: bool, clips: bool):
-        self.metric, self.greater_is_better, self.clips = metric, greater_is_better, clips
+    def __init__(self, study: SweepStudy, metric: str, greater_is_better: bool | None, clips: bool):
+        self.metric, self.clips = metric, clips
         self.folder = study.folder
         self._losses: dict[str, Losses] = {}
         base = json.loads((self.folder / "base" / "result.json").read_text())
         self.base_metrics, self.prompts, self.base_answers = base["metrics"], base["prompts"], base["answers"]
+        self.benchmarks: dict[str, bool] = base["greater_is_better"]
+        if greater_is_better is None:
+            greater_is_better = self.benchmarks.get(metric, not metric.endswith("loss"))
+        self.greater_is_better = greater_is_better
         ended = {}
         for trial in study.trials:
             # Neither those that wait or run, nor those whose worker died
@@ -211,22 +215,24 @@ class SweepResults:
         if not self.of(BASELINE):
             return f"{among}nothing can be compared, because no trial of the ratio 0 is done."
         pair, found = self.choice.pair, self.choice.difference
-        rows = "on the half of the rows that did not choose it" if self.choice.on_other_rows else "chosen and measured"
         if found is None:
-            return f"{among}no difference found, 0 does best."
+            return f"{among}no difference found in favour of another ratio than 0."
+        rows = "on the half of the rows that did not choose it" if self.choice.on_other_rows else "on what chose it"
         change = f"{signed(found)} on {self.metric} against 0, {rows} ({found.seeds} seeds)"
         if found.half_width is None:
-            return f"{among}{name_of(pair)} does best ({signed(found)} on {self.metric}). One seed gives no interval."
-        if found.is_found and (found.value > 0) == self.greater_is_better:
+            return f"{among}{name_of(pair)} did best, {signed(found)} on {self.metric}. One seed gives no interval."
+        if not found.is_found:
+            return f"{among}no difference found. {name_of(pair)} did best: {change}."
+        if (found.value > 0) == self.greater_is_better:
             return f"{among}{name_of(pair)} does best, {change}."
-        return f"{among}no difference found. {name_of(pair)} did best: {change}."
+        return f"{among}no gain found. {name_of(pair)} did best on the rows that chose it, but {change}."
 
     def _effect(self, pair: Pair, metric: str) -> str:
         if (of_pair := self.difference(pair, metric)) is None:
             return ""
-        verb = "costs" if of_pair.value > 0 else "gains"
-        if of_pair.half_width is not None and not of_pair.is_found:
-            verb = "no difference found,"
+        if of_pair.half_width is None:
+            return f"{signed(of_pair)} on {metric}, without an interval"
+        verb = "no difference found," if not of_pair.is_found else "costs" if of_pair.value > 0 else "gains"
         return f"{verb} {signed(of_pair)} on {metric}"
 
 

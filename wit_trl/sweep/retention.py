@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..trainer import WITSFTTrainer
+from ..vision_data_collator import DataCollatorForVisionLanguageWIT
 
 
 MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 512, 64
@@ -34,10 +35,11 @@ def prompts_of(rows: Iterable[dict], count: int) -> list[list[int]]:
     """Returns the prompts, as tokens, of the first rows that have a prompt of at most 512 tokens and a completion."""
     prompts: list[list[int]] = []
     for row in rows:
-        mask = row["completion_mask"]
-        length = mask.index(1) if 1 in mask else 0
-        if len(prompts) < count and 0 < length <= MAX_PROMPT_TOKENS:
+        length = row["completion_mask"].index(1) if 1 in row["completion_mask"] else 0
+        if 0 < length <= MAX_PROMPT_TOKENS:
             prompts.append(list(row["input_ids"][:length]))
+        if len(prompts) == count:
+            break
     return prompts
 
 
@@ -57,11 +59,13 @@ def tokenizer_of(trainer: WITSFTTrainer) -> PreTrainedTokenizerBase:
 
 def can_answer(trainer: WITSFTTrainer) -> bool:
     """
-    Whether the model of a trainer can generate. Where ranks share a sequence, the attention is another one, which knows
-    no padding and no cache. The parameters of FSDP1 are whole only within the forward of its wrapper.
+    Whether the model of a trainer can answer prompts of text. Where ranks share a sequence, the attention is another
+    one, which knows no padding and no cache. The parameters of FSDP1 are whole only within the forward of its wrapper.
+    And what collates images collates no tokens.
     """
     is_fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
-    return not (is_fsdp1 or trainer.splits_sequences())
+    has_images = isinstance(trainer.data_collator, DataCollatorForVisionLanguageWIT)
+    return not (is_fsdp1 or has_images or trainer.splits_sequences())
 
 
 @torch.no_grad()

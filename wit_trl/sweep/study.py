@@ -7,6 +7,8 @@ it ends. So a trial that Optuna has as running is orphaned if its lock is free.
 """
 
 import contextlib
+import shutil
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,7 @@ class SweepStudy:
 
     Args:
         folder (`Path`):
-            Folder of the study, which exists. It names the study.
+            Folder of the study, which exists.
         storage (`str`, *optional*):
             URL of the database that Optuna keeps the trials in, by default a journal in the folder.
         settings (`dict`):
@@ -67,15 +69,21 @@ class SweepStudy:
         self._lock = FileLock(folder / "study.lock")
         self._lock_of_trial: FileLock | None = None
         with self._lock:
+            # Not that of the folder, which may be renamed, and others of a database may have the same
+            name = folder / "study_name.txt"
+            if not name.exists():
+                name.write_text(uuid.uuid4().hex)
             journal = JournalStorage(JournalFileBackend(str(folder / "study.log"))) if storage is None else storage
-            self._study = optuna.create_study(storage=journal, study_name=folder.resolve().name, load_if_exists=True)
-            known = self._study.user_attrs.setdefault("settings", settings)
+            self._study = optuna.create_study(storage=journal, study_name=name.read_text(), load_if_exists=True)
+            known = self._study.user_attrs.get("settings", settings)
             changed = sorted(n for n in {*known, *settings} if known.get(n) != settings.get(n))
-            if changed:
+            if changed and self.trials:
                 raise ValueError(
                     f"The study in {folder} has trials with another {', '.join(changed)}. Choose another folder with "
                     "--output_dir, or repeat the flags that it was started with."
                 )
+            if changed:  # of a start that never came to a trial
+                shutil.rmtree(folder / "base", ignore_errors=True)
             self._study.set_user_attr("settings", settings)
 
     @property
@@ -88,7 +96,7 @@ class SweepStudy:
         with self._lock:
             self._free_orphans()
             known = {TrialSettings.of(trial) for trial in self.trials if trial.state != TrialState.FAIL}
-            for settings in wanted:
+            for settings in dict.fromkeys(wanted):
                 if settings not in known:
                     self._enqueue(settings)
 
@@ -109,11 +117,12 @@ class SweepStudy:
 
     def tell(self, trial: optuna.Trial, loss: float | None, **attributes: Any) -> None:
         """Ends a trial of `take`: with its loss, or as failed. The attributes are kept with it."""
-        for name, value in attributes.items():
-            trial.set_user_attr(name, value)
-        self._study.tell(trial, loss, TrialState.FAIL if loss is None else TrialState.COMPLETE)
         assert self._lock_of_trial is not None
-        self._lock_of_trial.release()
+        with self._lock:  # nobody takes it for an orphan meanwhile
+            for name, value in attributes.items():
+                trial.set_user_attr(name, value)
+            self._study.tell(trial, loss, TrialState.FAIL if loss is None else TrialState.COMPLETE)
+            self._lock_of_trial.release()
 
     def is_running_elsewhere(self) -> bool:
         """Whether other workers run trials."""
