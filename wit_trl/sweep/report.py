@@ -43,7 +43,7 @@ def show(console: Console, results: SweepResults) -> None:
     """Prints the table and what can be said."""
     console.print(table(results))
     for sentence in results.sentences():
-        console.print(Text(f"\N{BULLET} {sentence}"))
+        console.print(Text(f"\N{BULLET} {sentence}"), soft_wrap=True)
     note = "The intervals are of 95%, of rows and runs. Those of the table are not widened for there being several."
     console.print(Text(f"\n{note}", "dim"))
 
@@ -72,8 +72,13 @@ def plot(results: SweepResults) -> bytes:
     from matplotlib.figure import Figure  # of the extra `plot`
 
     planes = [(loss_metric("", "prompt"), TASK_METRIC), *((TASK_METRIC, name) for name in results.kept_metrics)]
-    figure = Figure(figsize=(4.4 * (1 + len(planes)), 3.8), layout="constrained")
-    of_metric, *of_planes = figure.subplots(1, 1 + len(planes))
+    columns, count = 3, 1 + len(planes)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns).flatten()
+    of_metric, *of_planes = panels[:count]
+    for unused in panels[count:]:
+        unused.remove()
     for position, pair in enumerate(results.pairs):
         trials = [trial.metrics for trial in results.of(pair)]
         colour, mean = f"C{position}", results.mean(pair, results.metric)

@@ -216,7 +216,10 @@ class SweepResults:
             return f"{among}nothing can be compared, because no trial of the ratio 0 is done."
         pair, found = self.choice.pair, self.choice.difference
         if found is None:
-            return f"{among}no difference found in favour of another ratio than 0."
+            others = [self.difference(pair, self.metric) for pair in self.pairs]
+            if any(other is not None and other.is_found for other in others):
+                return f"{among}0 does best on {self.metric}."
+            return f"{among}no difference found."
         rows = "on the half of the rows that did not choose it" if self.choice.on_other_rows else "on what chose it"
         change = f"{signed(found)} on {self.metric} against 0, {rows} ({found.seeds} seeds)"
         if found.half_width is None:
