@@ -205,3 +205,22 @@ def test_mixture_is_split_in_the_same_way_in_every_process(tmp_path, prompt_comp
         assert np.random.get_state()[1].tolist() == state
         tests.append(splits["test"]["prompt"][:])
     assert tests[0] == tests[1]
+
+
+@pytest.mark.parametrize("adapter", [{}, {"use_peft": True, "lora_target_modules": "all-linear"}], ids=["full", "lora"])
+def test_trials_of_a_seed_see_the_same_order_and_initial_weights(adapter, run):
+    run("base")
+
+    def losses(name, ratio, seed):
+        settings = {"prompt_loss_weight": ratio, "completion_loss_weight": 1, "seed": seed}
+        logs = run(name, per_device_train_batch_size=2, logging_steps=1, **settings, **adapter)["log_history"]
+        return [log["completion_loss"] for log in logs if "loss" in log]
+
+    first, same, other_ratio, other_seed = (
+        losses(f"trial_{number}", *settings)
+        for number, settings in enumerate([(0.25, 1), (0.25, 1), (1, 1), (0.25, 2)])
+    )
+    assert first == same
+    assert first[0] == other_ratio[0]  # before the first step, it depends on the rows of the batch alone
+    assert first[1] != other_ratio[1]
+    assert first[0] != other_seed[0]
