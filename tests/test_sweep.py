@@ -159,8 +159,9 @@ def check_files(capsys):
     assert Path("sweep/sweep.html").read_text().count("Held-out prompt") == 3
 
 
-def test_failing_trial_is_recorded_and_the_sweep_goes_on(start):
-    sweep = start("--pairs", "1e38,1", "--seeds", 1, "--keep", "none")
+def test_failing_trial_is_recorded_and_the_sweep_goes_on_on_two_processes(start):
+    launched = ("--accelerate_config", "multi_gpu", "--num_processes", 2)
+    sweep = start("--pairs", "1e38,1", "--seeds", 1, "--keep", "none", *launched)
     output, _ = sweep.communicate(timeout=200)
     assert sweep.returncode == 0, output
     failed = next(line for line in map(json.loads, Path("sweep/sweep.jsonl").read_text().splitlines()) if line["error"])

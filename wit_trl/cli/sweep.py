@@ -183,15 +183,15 @@ def main(args: Sequence[str]) -> None:
     args, debug = split_debug(args)
     types = (SweepArguments, *TRAINING_TYPES)
     with errors_in_one_sentence(debug):
-        check_packages("optuna", "scipy", "matplotlib")
-        from .sweep_worker import SweepWorker
-
         flags = parse_flags(types, args, "wit-trl sweep", SWEEP_DEFAULTS)
         if flags.is_embedded:
             flags = parse_flags(types, args, "wit-trl sweep", EMBEDDED_SWEEP)
         sweep = SweepArguments(**vars(flags.unchecked[0]))
-        check_packages(*["lm-eval"] * bool(sweep.lm_eval_tasks))
-        worker = SweepWorker(sweep, settings_of(flags), flags.is_embedded)
+        settings = settings_of(flags)
+        check_packages("optuna", "scipy", "matplotlib", *["lm-eval"] * bool(sweep.lm_eval_tasks))
+        from .sweep_worker import SweepWorker
+
+        worker = SweepWorker(sweep, settings, flags.is_embedded)
         try:
             worker.prepare()
             worker.work()

@@ -8,7 +8,17 @@ import torch
 from .. import __version__
 
 
-_PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "deepspeed", "matplotlib")
+_PACKAGES = (
+    "trl",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "matplotlib",
+    "optuna",
+)
 
 
 def versions() -> str:
