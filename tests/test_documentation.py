@@ -188,7 +188,9 @@ def test_commands_are_parsed(page, command, in_a_folder, capsys):
     elif args[0] == "sweep":
         parsed = arguments.parse_flags((SweepArguments, *arguments.TRAINING_TYPES), args[1:], defaults=SWEEP_DEFAULTS)
         SweepArguments(**vars(parsed.unchecked[0]))
-        assert settings_of(parsed)["max_grad_norm"] == 0
+        settings = settings_of(parsed)
+        assert settings["max_grad_norm"] == 0
+        assert "prompt_loss_weight" not in settings  # which training.yaml has
     else:
         assert args[0] == "inspect"
         training = (arguments.ScriptArguments, inspect._DataConfig, arguments.ModelConfig)

@@ -16,20 +16,17 @@ from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_flag
 from .launch import accelerate_config_file
 
 
-# No clipping: only then the ratio of the weights is all that matters. `None` tells what is not given.
-SWEEP_DEFAULTS = {
-    "output_dir": "runs/sweep",
-    "max_grad_norm": 0.0,
-    "eval_strategy": "epoch",
-    "save_strategy": "no",
-    **dict.fromkeys(("prompt_loss_weight", "completion_loss_weight", "seed")),
-}
+# No clipping: only then the ratio of the weights is all that matters
+SWEEP_DEFAULTS = {"output_dir": "runs/sweep", "max_grad_norm": 0.0, "eval_strategy": "epoch", "save_strategy": "no"}
 # Ten trainings of it take some minutes
 EMBEDDED_SWEEP = EMBEDDED_DEFAULTS | SWEEP_DEFAULTS | {"max_steps": 180, "eval_on_start": False}
-_OF_THE_SWEEP = {
+# What each trial sets: refused on the command line. In a YAML file, which may be that of a training, it gives way.
+_OF_THE_TRIALS = {
     "prompt_loss_weight": "--ratios or --pairs sets the weights of each trial",
     "completion_loss_weight": "--ratios or --pairs sets the weights of each trial",
     "seed": "--seeds sets the seed of each trial",
+}
+_IMPOSSIBLE = {
     "resume_from_checkpoint": "a trial that was cut off starts again",
     "push_to_hub": "train with best.yaml and push that",
     "num_machines": "a trial runs on one machine. Start `wit-trl sweep` on each, with an --output_dir that they share",
@@ -152,19 +149,18 @@ def settings_of(flags: Flags) -> dict[str, Any]:
     Raises:
         `ValueError`: a flag contradicts the sweep.
     """
-    config = flags.as_config()
-    given = config | {name: value for instance in flags.unchecked for name, value in vars(instance).items()}
-    if file := given.get("config_file") or given.get("accelerate_config"):
-        launched = yaml.safe_load(accelerate_config_file(file).read_text(encoding="utf-8"))
-        given = {"num_machines": launched.get("num_machines")} | given
-    if str(given.get("num_machines")) == "1":
-        del given["num_machines"]
-    for name, remedy in _OF_THE_SWEEP.items():
-        if given.get(name) is not None and given[name] is not False:
-            raise ValueError(f"--{name} has no place in a sweep: {remedy}.")
-    config = {
-        name: value for name, value in config.items() if name not in (*SweepArguments.__annotations__, *_OF_THE_SWEEP)
-    }
+    config = {name: value for name, value in flags.as_config().items() if name not in SweepArguments.__annotations__}
+    on_line = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in flags.args if arg.startswith("--")}
+    refused = {name: remedy for name, remedy in _OF_THE_TRIALS.items() if name in on_line}
+    machines = config.pop("num_machines", None)
+    if machines is None and (file := config.get("config_file") or config.get("accelerate_config")):
+        machines = yaml.safe_load(accelerate_config_file(file).read_text(encoding="utf-8")).get("num_machines")
+    if machines is not None and str(machines) != "1":
+        config["num_machines"] = machines
+    refused |= {name: remedy for name, remedy in _IMPOSSIBLE.items() if name in config}
+    for name, remedy in refused.items():
+        raise ValueError(f"--{name} has no place in a sweep: {remedy}.")
+    config = {name: value for name, value in config.items() if name not in _OF_THE_TRIALS}
     if flags.is_embedded:
         folder = Path(config["output_dir"]) / "embedded"
         config |= {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "data")}
