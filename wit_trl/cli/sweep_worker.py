@@ -140,7 +140,7 @@ class SweepWorker:
                 progress.update(bar, description=counts, completed=done, total=done + running + left)
                 if trial is not None:
                     self._run(trial, counts)
-                elif running:
+                elif running or left:
                     time.sleep(_POLL_SECONDS)
                 else:
                     return
