@@ -156,7 +156,7 @@ def html_page(
     histogram: bytes,
 ) -> str:
     """Returns the page of `show_page`, under a title of any number of lines, and the histogram (PNG) as HTML."""
-    console = Console(file=io.StringIO(), record=True, width=100)
+    console = Console(file=io.StringIO(), record=True, width=1000)  # the browser wraps
     show_page(console, rows, tokenizer, report, epochs)
     return page("wit-trl inspect", title, console, histogram, "Lengths of prompts and completions")
 

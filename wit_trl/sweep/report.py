@@ -43,14 +43,14 @@ def show(console: Console, results: SweepResults) -> None:
     """Prints the table and what can be said."""
     console.print(table(results))
     for sentence in results.sentences():
-        console.print(Text(f"\N{BULLET} {sentence}"), soft_wrap=True)
+        console.print(Text(f"\N{BULLET} {sentence}"))
     note = "The intervals are of 95%, of rows and runs. Those of the table are not widened for there being several."
     console.print(Text(f"\n{note}", "dim"))
 
 
 def html_page(results: SweepResults, heading: str, image: bytes) -> str:
     """Returns the page: table, sentences, what the models answer, and the picture."""
-    console = Console(file=io.StringIO(), record=True, width=140)
+    console = Console(file=io.StringIO(), record=True, width=1000)  # the browser wraps
     show(console, results)
     first_seed = min(trial.settings.seed for trial in results.done)
     written = [("before", results.base_answers)] + [
