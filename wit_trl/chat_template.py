@@ -1,4 +1,4 @@
-"""Which chat template conversations are rendered with."""
+"""Which chat template conversations are rendered with, and the tokenizer of a processor."""
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
@@ -10,6 +10,11 @@ from trl.chat_template_utils import (
 
 
 logger = logging.get_logger(__name__)
+
+
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer, which may be part of a processor."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def training_chat_template(

@@ -6,6 +6,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ._upstream import get_dataset_column_names, global_then_local_main_first
+from .chat_template import tokenizer_of
 
 
 _TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
@@ -74,7 +75,7 @@ def to_trl_format(
             f"{remedy_for(columns)}"
         )
     question, answer = _SCHEMAS[schema]
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    tokenizer = tokenizer_of(processing_class)
     if conversational is None:
         conversational = processing_class.chat_template is not None
 

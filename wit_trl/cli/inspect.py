@@ -19,10 +19,10 @@ from transformers import (
     AutoProcessor,
     LlamaForCausalLM,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+from ..chat_template import tokenizer_of
 from ..config import WITSFTConfig
 from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
 from ..inspection import html_page, plot_lengths, show_page
@@ -139,8 +139,7 @@ def show(inspection: InspectionArguments, header: str, trainer: WITSFTTrainer) -
     rows: Iterable = itertools.islice(trainer.train_dataset, inspection.rows)
     if isinstance(trainer.data_collator, DataCollatorForVisionLanguageWIT):
         rows = trainer.data_collator.tokenize_rows(rows)
-    processing_class = trainer.processing_class
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    tokenizer = tokenizer_of(trainer.processing_class)
     shown = (list(rows), tokenizer, report, trainer.args.num_train_epochs)
     if inspection.histogram is not None:
         histogram = plot_lengths(*report.lengths)

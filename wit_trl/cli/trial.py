@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+from ..chat_template import tokenizer_of
 from ..config import WITSFTConfig
 from ..sweep.metrics import RETENTION_METRIC, loss_metric, rows_file
 from ..sweep.retention import (
@@ -29,7 +30,6 @@ from ..sweep.retention import (
     general_prompts,
     prompts_of,
     retention_rows,
-    tokenizer_of,
 )
 from ..trainer import WITSFTTrainer
 from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
@@ -136,7 +136,7 @@ def write_rows(rows: Dataset, file: Path, trainer: WITSFTTrainer) -> None:
 
 def answer_as_base(trial: TrialArguments, trainer: WITSFTTrainer) -> None:
     """Writes what the base model answers to the prompts of the sweep, and which of them the report shows."""
-    tokenizer = tokenizer_of(trainer)
+    tokenizer = tokenizer_of(trainer.processing_class)
     count, held_out = trial.retention_prompts, []
     if can_answer(trainer):
         held_out = prompts_of(trainer.eval_dataset, max(count, SHOWN_PROMPTS))
@@ -160,7 +160,9 @@ def run_benchmarks(tasks: list[str], trainer: WITSFTTrainer) -> tuple[dict[str, 
     from lm_eval.models.huggingface import HFLM
 
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    model = HFLM(pretrained=model, tokenizer=tokenizer_of(trainer), batch_size=trainer.args.eval_batch_size)
+    model = HFLM(
+        pretrained=model, tokenizer=tokenizer_of(trainer.processing_class), batch_size=trainer.args.eval_batch_size
+    )
     given = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in tasks]
     # Only the first process of a machine has the results
     (found,) = broadcast_object_list(
@@ -202,7 +204,7 @@ def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
         metrics |= of_benchmarks
     if trial.metric_function is not None:
         metrics[trial.metric_function] = float(metric_function(trial.metric_function)(trainer))
-    tokenizer = tokenizer_of(trainer)
+    tokenizer = tokenizer_of(trainer.processing_class)
     shown = json.loads((base / "shown_prompts.json").read_text())
     written = answers(trainer, shown)
     return {

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
+from ..chat_template import tokenizer_of
 from ..trainer import WITSFTTrainer
 from ..vision_data_collator import DataCollatorForVisionLanguageWIT
 
@@ -51,12 +52,6 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def tokenizer_of(trainer: WITSFTTrainer) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a trainer, which may be part of a processor."""
-    processing_class = trainer.processing_class
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-
-
 def can_answer(trainer: WITSFTTrainer) -> bool:
     """
     Whether the model of a trainer can answer prompts of text. Where ranks share a sequence, the attention is another
@@ -71,7 +66,7 @@ def can_answer(trainer: WITSFTTrainer) -> bool:
 @torch.no_grad()
 def answers(trainer: WITSFTTrainer, prompts: list[list[int]]) -> list[list[int]]:
     """Returns the greedy answer to each prompt, as tokens, up to its end or to 64 tokens. All ranks call it."""
-    tokenizer, model = tokenizer_of(trainer), trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer, model = tokenizer_of(trainer.processing_class), trainer.accelerator.unwrap_model(trainer.model)
     training, batch_size = model.training, trainer.args.eval_batch_size
     model.eval()
     written = []
