@@ -122,8 +122,9 @@ def difference(losses: Losses, pair: Pair, baseline: Pair, choices: int = 1) -> 
     if not weighted:
         return Difference(value, 0.0, len(seeds))
     satterthwaite = (runs + rows) ** 2 / weighted
-    of_rows = float(student.ppf(0.975, satterthwaite))
-    of_runs = max(of_rows, _dunnett_quantile(choices, satterthwaite))
+    of_rows = of_runs = float(student.ppf(0.975, satterthwaite))
+    if choices > 1:
+        of_runs = max(of_rows, _dunnett_quantile(choices, satterthwaite))
     return Difference(value, float(np.sqrt(of_rows**2 * rows + of_runs**2 * runs)), len(seeds))
 
 
