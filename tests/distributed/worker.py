@@ -31,7 +31,7 @@ from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
-from wit_trl.kernels import one_pass
+from wit_trl.loss import one_pass
 from wit_trl.sweep.retention import answers, can_answer
 
 

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
+# By the name of the command, the module of the package whose `main` it is
+_MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspect"}
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs `wit-trl`. `args` are the arguments after it, by default those of the process."""
     args = list(sys.argv[1:] if args is None else args)
@@ -20,8 +24,7 @@ def main(args: Sequence[str] | None = None) -> None:
     commands.add_parser("sweep", add_help=False, help="search the weights: train some, and compare")
     commands.add_parser("inspect", add_help=False, help="show tokens and their weights as the trainer sees them")
     command = parser.parse_args(args[:1]).command
-    module = {"sft": "launch", "sweep": "sweep", "inspect": "inspect"}[command]
-    importlib.import_module(f".{module}", __name__).main(args[1:])
+    importlib.import_module(f"wit_trl.{_MODULES[command]}").main(args[1:])
 
 
 class _Versions(argparse.Action):

@@ -22,12 +22,12 @@ from transformers import (
 )
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from ..chat_template import tokenizer_of
 from ..config import WITSFTConfig
+from ..conversation.chat_template import tokenizer_of
+from ..data.vision_collator import DataCollatorForVisionLanguageWIT
 from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
-from ..inspection import html_page, plot_lengths, show_page
+from ..report.rows import html_page, plot_lengths, show_page
 from ..trainer import WITSFTTrainer
-from ..vision_data_collator import DataCollatorForVisionLanguageWIT
 from .arguments import errors_in_one_sentence, parse_flags, split_debug
 from .loading import errors_of_model, load_data, select_splits
 

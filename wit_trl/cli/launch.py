@@ -35,7 +35,7 @@ def accelerate_config_file(name: str) -> Path:
     return shipped[name]
 
 
-def main(args: Sequence[str], module: str = "sft", types: Sequence[type] = TRAINING_TYPES) -> None:
+def main(args: Sequence[str], module: str = "wit_trl.cli.sft", types: Sequence[type] = TRAINING_TYPES) -> None:
     """
     Launches a training. `args` are the arguments after `wit-trl sft`, `module` is what each process runs, and `types`
     are the dataclasses of its flags.
@@ -45,7 +45,7 @@ def main(args: Sequence[str], module: str = "sft", types: Sequence[type] = TRAIN
         flags = parse_flags(types, args, prog="wit-trl sft")
         training = _without(flags.args, flags.launch_on_line) + ["--debug"] * debug
         launched = parse_launch_flags(
-            [*flags.launch_in_file, *flags.launch_on_line], module=f"{__package__}.{module}", module_args=training
+            [*flags.launch_in_file, *flags.launch_on_line], module=module, module_args=training
         )
         if launched.accelerate_config is not None and launched.config_file is None:
             launched.config_file = str(accelerate_config_file(launched.accelerate_config))
@@ -117,9 +117,3 @@ def _status_of_the_training() -> Iterator[None]:
         print(f"error: {name} ended a process of the training. SIGKILL often means too little memory.", file=sys.stderr)
         status = 128 - status
     sys.exit(status)
-
-
-if __name__ == "__main__":  # a trial of `wit-trl sweep`
-    from .trial import TRIAL_TYPES
-
-    main(sys.argv[1:], "trial", TRIAL_TYPES)

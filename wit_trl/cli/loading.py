@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from ..config import WITSFTConfig
-from ..schemas import to_trl_format
+from ..data.schemas import to_trl_format
 
 
 @contextmanager

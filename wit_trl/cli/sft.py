@@ -14,10 +14,10 @@ from datasets import DatasetDict
 from transformers import AutoProcessor
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from ..checkpoints import checkpoint_to_resume
 from ..config import WITSFTConfig
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 from ..trainer import WITSFTTrainer
+from ..training.checkpoints import checkpoint_to_resume
 from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
 from .loading import errors_of_model, load_data, select_splits
 

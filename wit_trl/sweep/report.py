@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..page import page, printable
+from ..report.page import page, printable
 from .metrics import TASK_METRIC, loss_metric
 from .pairs import BASELINE, name_of
 from .results import SweepResults, signed

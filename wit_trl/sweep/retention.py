@@ -6,9 +6,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..chat_template import tokenizer_of
+from ..conversation.chat_template import tokenizer_of
+from ..data.vision_collator import DataCollatorForVisionLanguageWIT
 from ..trainer import WITSFTTrainer
-from ..vision_data_collator import DataCollatorForVisionLanguageWIT
 
 
 MAX_PROMPT_TOKENS, MAX_ANSWER_TOKENS = 512, 64

@@ -1,0 +1,236 @@
+"""`wit-trl sft` up to the processes that it starts, and what its flags become."""
+
+import importlib.metadata
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from trl import TrlParser
+
+from wit_trl import cli
+from wit_trl.cli import arguments, inspect, launch, sft
+
+
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function that runs `wit-trl sft` and returns the flags of the launcher and the arguments of the training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(launch, "default_config_file", tmp_path / "none")
+    launched = []
+    monkeypatch.setattr(launch, "launch_command", launched.append)
+
+    def run(*args):
+        cli.main(["sft", *map(str, args)])
+        flags = launched.pop()
+        assert flags.module
+        assert flags.training_script == "wit_trl.cli.sft"
+        parser = TrlParser(arguments.TRAINING_TYPES)
+        return flags, parser.parse_args_and_config(flags.training_script_args, fail_with_unknown_args=False)
+
+    return run
+
+
+@pytest.fixture
+def error(monkeypatch, tmp_path):
+    """A function that runs a command and returns the one sentence it ends in."""
+    monkeypatch.chdir(tmp_path)
+
+    def error(*args):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(map(str, args)))
+        assert ended.value.code.startswith("error: ")
+        return ended.value.code
+
+    return error
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_configuration_by_name_and_by_path(path, run):
+    assert Path(run("--accelerate_config", path.stem)[0].config_file).read_text() == path.read_text()
+    assert run(f"--accelerate_config={path}")[0].config_file == str(path)
+
+
+def test_configurations_of_a_wheel_are_found(run, tmp_path, monkeypatch):
+    (tmp_path / "shipped.yaml").write_text((CONFIGS / "fsdp.yaml").read_text())
+    monkeypatch.setattr(launch, "_CONFIG_FOLDERS", [tmp_path, tmp_path / "none"])
+    assert run("--accelerate_config", "shipped")[0].config_file == str(tmp_path / "shipped.yaml")
+
+
+def test_unknown_configuration_is_refused(error):
+    message = error("sft", "--accelerate_config", "fsdb")
+    assert "--accelerate_config is fsdb, but there is no such file. Shipped are deepspeed_ulysses, " in message
+
+
+def test_flags_reach_the_launcher_or_the_training(run, tmp_path):
+    config = {"accelerate_config": "fsdp", "num_processes": 4, "same_network": True, "tpu": False, "max_steps": 3}
+    config |= {"learning_rate": 0.1, "env": {"OMP_NUM_THREADS": "3"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    flags, (script_args, args, *_) = run(
+        *("--num_processes", 2, "--config", "config.yaml", "--use_cpu", "True", "--bf16", "False", "--same_network"),
+        *("false", "--learning_rate", 2, "--main-process-port=5", "--dataset_name", 2),
+    )
+    assert Path(flags.config_file).stem == "fsdp"
+    assert (flags.num_processes, flags.main_process_port, flags.same_network, flags.tpu) == (2, 5, True, False)
+    assert (args.max_steps, args.learning_rate, args.use_cpu, script_args.dataset_name) == (3, 2, True, "2")
+    assert {"--num_processes", "--same_network", "--main-process-port=5"}.isdisjoint(flags.training_script_args)
+    assert flags.num_cpu_threads_per_process is None  # OMP_NUM_THREADS says how many
+    assert run("--config=config.yaml", "--use_cpu")[0].num_processes == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "threads"),
+    [
+        ([], 8),
+        (["--num_processes", 2], 4),
+        (["--num_processes", 16], 1),
+        (["--num_processes", 4, "--num_machines", 2], 4),
+        (["--accelerate_config", "single_device"], 8),
+        (["--accelerate_config", "multi_gpu"], 1),
+        (["--accelerate_config", "multi_gpu", "--num_processes", 2], 4),
+        (["--num_cpu_threads_per_process", 3], 3),
+    ],
+)
+def test_processes_on_a_cpu_share_all_cores(args, threads, run):
+    flags, _ = run(*args, "--use_cpu", "True")
+    assert flags.num_cpu_threads_per_process == threads
+
+
+def test_precision_of_a_file_for_gpus_is_left_out_on_a_cpu(run):
+    assert run("--accelerate_config", "multi_gpu", "--use_cpu")[0].mixed_precision == "no"
+    asked_for = run("--accelerate_config", "multi_gpu", "--use_cpu", "--mixed_precision", "bf16")[0]
+    assert asked_for.mixed_precision == "bf16"
+
+
+def test_several_processes_on_a_cpu_need_no_file(run):
+    assert run("--num_processes", 2, "--use_cpu")[0].multi_gpu
+    assert not run("--use_cpu")[0].multi_gpu
+    assert not run("--num_processes", 2, "--cpu")[0].multi_gpu  # of which accelerate takes one alone
+
+
+def test_on_a_gpu_the_launcher_decides(run, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    flags, _ = run("--accelerate_config", "multi_gpu")
+    assert (flags.num_cpu_threads_per_process, flags.mixed_precision) == (None, None)
+    assert run("--accelerate_config", "multi_gpu", "--use_cpu")[0].mixed_precision == "no"
+
+
+def failed(exitcode):
+    return ChildFailedError("wit-trl", {1: ProcessFailure(1, 1, exitcode, "none")})
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        (subprocess.CalledProcessError(3, "python"), 3),
+        (subprocess.CalledProcessError(-9, "python"), 137),
+        (failed(3), 3),
+        (failed(-9), 137),
+        (SignalException("", signal.SIGTERM), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
+    def launch_command(_):
+        raise failure
+
+    monkeypatch.setattr(launch, "launch_command", launch_command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft"])
+    assert ended.value.code == status
+    killed = "error: SIGKILL ended a process of the training. SIGKILL often means too little memory.\n"
+    assert capsys.readouterr().err == (killed if status == 137 else "")
+
+
+@pytest.mark.parametrize("command", ["sft", "inspect"])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--learning_rat", "1"], "There is no flag --learning_rat. Did you mean --learning_rate?"),
+        (["--promt-loss-weight=1"], "There is no flag --promt-loss-weight. Did you mean --prompt_loss_weight?"),
+        (["--num_proceses", "2"], "There is no flag --num_proceses. Did you mean --num_processes?"),
+        (["--qqqq"], "There is no flag --qqqq. `wit-trl {} -h` lists the flags."),
+        (["--config", "key.yaml"], "The YAML file has a key that is no flag: max_step. Did you mean max_steps?"),
+        (["--config"], "--config needs the name of a YAML file after it."),
+        (["--max_steps", "many"], "Argument --max_steps/--max-steps: invalid int value: 'many'. `wit-trl {} -h` lists"),
+        (["--num_processes", "many"], "Argument --num_processes/--num-processes: invalid int value: 'many'. `accel"),
+        (["--max_steps", "1", "data.jsonl"], "'data.jsonl' is the value of no flag. Remove it, or put its flag before"),
+    ],
+)
+def test_misspelled_flag_is_named_with_the_nearest(args, message, command, error, tmp_path):
+    (tmp_path / "key.yaml").write_text("max_step: 3\nnum_processes: 2\n")
+    assert error(command, *args).startswith(f"error: {message.format(command)}")
+
+
+def test_only_one_process_of_a_machine_says_what_is_wrong(monkeypatch):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="error: wrong"), arguments.errors_in_one_sentence():
+            raise ValueError("wrong")
+    assert slept == [20]  # until the first process has ended the others
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    for main in (sft.main, inspect.main):
+        with pytest.raises(ValueError, match="There is no flag"):
+            main(["--debug", "--qqqq"])
+    with pytest.raises(ValueError, match="There is no flag"):
+        cli.main(["sft", "--qqqq", "--debug"])
+    monkeypatch.setattr(launch, "launch_command", lambda launched: calls.append(launched.training_script_args))
+    calls = []
+    cli.main(["sft", "--debug", "--max_steps", "1"])
+    assert calls == [["--max_steps", "1", "--debug"]]
+    # With a value it is a flag of the training
+    assert arguments.split_debug(["--debug", "underflow_overflow"]) == (["--debug", "underflow_overflow"], False)
+
+
+@pytest.mark.parametrize("command", ["sft", "inspect"])
+def test_help_lists_the_flags(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "-h"])
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    for flag in ("--prompt_loss_weight", "--model_name_or_path", "--config", "--accelerate_config"):
+        assert flag in output
+
+
+def test_version_is_what_a_bug_report_needs(monkeypatch, capsys):
+    version = importlib.metadata.version
+
+    def without_peft(name):
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", without_peft)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert not ended.value.code
+    facts = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(facts)[:6] == ["wit_trl", "python", "platform", "torch", "cuda", "device"]
+    assert facts["torch"] == torch.__version__
+    assert facts["transformers"] == version("transformers")
+    assert facts["peft"] == "not installed"
+    assert {"trl", "datasets", "accelerate", "bitsandbytes", "deepspeed"} < set(facts)
+
+
+@pytest.mark.parametrize("module", ["wit_trl", "wit_trl.cli"])
+def test_module_runs_and_help_needs_no_torch(module):
+    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '-h']; runpy.run_module({module!r})"
+    code = code.replace("runpy.run_module(", "runpy.run_module(run_name='__main__', mod_name=")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect}")

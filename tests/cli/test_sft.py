@@ -1,0 +1,158 @@
+"""`wit-trl sft` as users run it: what it refuses before the training, and the training in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wit_trl.cli import sft
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model_folder(make_model, tokenizer, tmp_path):
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def error(monkeypatch, tmp_path):
+    """A function that starts a training in this process and returns the one sentence it ends in."""
+    monkeypatch.chdir(tmp_path)
+
+    def error(*args):
+        with pytest.raises(SystemExit) as ended:
+            sft.main([*map(str, args), "--bf16", "False", "--use_cpu"])
+        assert ended.value.code.startswith("error: ")
+        return ended.value.code
+
+    return error
+
+
+@pytest.mark.parametrize("name", ["missing", "./missing", "/no/such/folder", "organisation/missing"])
+def test_missing_model_is_named_with_what_to_check(name, error, jsonl):
+    message = error("--model_name_or_path", name, "--dataset_name", jsonl)
+    assert f"There is no folder {name}, and the Hub gives no model of this name: " in message
+    assert message.endswith(
+        "Check --model_name_or_path and the connection; a private or gated model needs `hf auth login`."
+    )
+
+
+def test_model_without_data_is_refused(error, model_folder):
+    message = error("--model_name_or_path", model_folder)
+    assert message.startswith("error: Pass both --model_name_or_path and --dataset_name, or neither")
+
+
+def test_missing_split_is_named(error, model_folder, jsonl):
+    message = error("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--eval_strategy", "steps")
+    assert message.startswith(
+        "error: The data set has no split 'test', only ['train']. Choose with --dataset_train_split"
+    )
+
+
+def test_folder_without_a_model_keeps_its_error(error, jsonl, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "Unrecognized" in error("--model_name_or_path", "empty", "--dataset_name", jsonl)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/deeper", "locked"])
+def test_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(folder, error, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(sft, "load_data", None)
+    access = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    message = error("--model_name_or_path", "model", "--dataset_name", "data", "--output_dir", folder)
+    assert f"to the output folder {folder}." in message or f"The output folder {folder} cannot be created (" in message
+    assert message.endswith("Choose another folder with --output_dir.")
+
+
+@pytest.mark.parametrize(
+    ("flag", "package"),
+    [("--use_peft", "peft"), ("--load_in_4bit", "bitsandbytes"), ("--load_in_8bit", "bitsandbytes")],
+)
+def test_package_that_a_flag_needs_is_named(flag, package, error, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert error(flag) == f"error: {flag} needs {package}. Install it with `pip install {package}`."
+
+
+def test_flag_of_the_launcher_is_refused_where_there_is_none(error, tmp_path, jsonl):
+    assert error("--num_processes", 2).startswith(
+        "error: --num_processes is a flag of the launcher. Give it to `wit-trl"
+    )
+    # In the YAML file it was for the launcher
+    (tmp_path / "config.yaml").write_text("num_processes: 2\naccelerate_config: fsdp\noutput_dir: data.jsonl\n")
+    assert "The output folder data.jsonl cannot be created" in error("--config", "config.yaml")
+
+
+def wit_trl(*args, cwd, check=True, **environment):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"} | environment
+    command = [sys.executable, "-m", "wit_trl", *map(str, args)]
+    process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    assert not check or process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+def test_embedded_default_needs_no_extra(tmp_path):
+    """As in an environment where none of them is installed."""
+    (tmp_path / "none").mkdir()
+    hidden = dict.fromkeys(("matplotlib", "peft", "bitsandbytes", "deepspeed"))
+    (tmp_path / "none" / "sitecustomize.py").write_text(f"import sys; sys.modules.update({hidden})")
+    process = wit_trl(
+        *("sft", "--max_steps", 1, "--max_length", 24, "--eval_strategy", "no", "--output_dir", "out"),
+        cwd=tmp_path,
+        PYTHONPATH=f"{tmp_path / 'none'}{os.pathsep}{REPOSITORY}",
+    )
+    # One evaluation has one value
+    lines = [line for line in process.stdout.splitlines() if line.startswith("validation")]
+    assert [line.split(":")[0] for line in lines] == ["validation prompt loss", "validation completion loss"]
+    assert all("->" not in line and 7 < float(line.split()[3]) < 8 for line in lines)
+    assert (
+        "Model saved to out. For a picture of the losses, install matplotlib: `pip install matplotlib`."
+        in process.stdout
+    )
+    assert "A held-out prompt:" in process.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "losses.png").exists()
+    assert "The following values were not passed to `accelerate launch`" not in process.stdout + process.stderr
+
+
+TWO_PROCESSES = (
+    "--accelerate_config",
+    "multi_gpu",
+    "--num_processes",
+    2,
+    "--use_cpu",
+    "True",
+    "--main_process_port",
+    0,
+)
+
+
+def test_two_processes_on_a_cpu_from_a_yaml_file(model_folder, jsonl, tmp_path):
+    config = {"model_name_or_path": "model", "dataset_name": str(jsonl), "output_dir": "out", "bf16": False}
+    config |= {"max_steps": 1, "per_device_train_batch_size": 3, "report_to": "none", "accelerate_config": "fsdp"}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    process = wit_trl("sft", "--config", "config.yaml", *TWO_PROCESSES, "--loss_type", "dft", cwd=tmp_path)
+    assert process.stdout.count("What is weighted in") == 1
+    assert "factor of each token in training" in process.stdout
+    assert "Model and loss curves (losses.png) saved to out." in process.stdout
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["train_batch_size"] == 3
+    assert state["epoch"] == pytest.approx(1 / -(-len(jsonl.read_text().splitlines()) // 6))
+
+
+def test_error_of_two_processes_is_one_sentence_and_no_traceback(tmp_path):
+    (tmp_path / "file").touch()
+    process = wit_trl("sft", *TWO_PROCESSES, "--output_dir", "file", check=False, cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.count("error: The output folder file cannot be created (File exists).") == 1
+    assert process.stderr.count("error:") == 1
+    assert "Traceback" not in process.stderr
+    assert "elastic" not in process.stderr

@@ -1,0 +1,160 @@
+"""
+The Triton kernels of the one-pass head against float64. `test_triton.py` runs these tests in a process of their own, in
+Triton's interpreter, which has to be chosen before the first import of Triton:
+
+    TRITON_INTERPRET=1 pytest -n 0 tests/loss/triton_interpreter.py
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wit_trl import weighted_linear_cross_entropy
+from wit_trl.loss import one_pass, rows
+
+
+HIDDEN, TOKENS = 16, 4
+# Of the gradients and of the nll. The interpreter truncates where the hardware rounds, so only float32 is judged
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch):
+    assert not hasattr(rows._score_rows, "cache_hook"), "not in the interpreter"
+    monkeypatch.setattr(one_pass, "_TRITON_DEVICES", ("cpu",))
+    launched = []
+
+    def score(*args):
+        launched.append(len(args[0]))
+        return rows_score(*args)
+
+    rows_score = rows.score
+    monkeypatch.setattr(rows, "score", score)
+    yield launched
+    assert launched
+
+
+def make_inputs(dtype, vocab, bias):
+    torch.manual_seed(0)
+    inputs = [torch.randn(TOKENS, HIDDEN), torch.randn(vocab, HIDDEN), *[torch.randn(vocab)] * bias]
+    weights = torch.tensor([0.3, 0.0, 1e-3, 2.0])
+    return [x.to(dtype).requires_grad_() for x in inputs], torch.randint(vocab, (TOKENS,)), weights
+
+
+def reference(inputs, targets, weights, divisor, logit_scale, softcap, factors=None):
+    """The loss, the nll and the entropy, in float64 and in full logits."""
+    inputs = [x.detach().double().requires_grad_() for x in inputs]
+    logits = logit_scale * F.linear(*inputs)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    entropy = torch.special.entr(torch.softmax(logits, 1)).sum(1)
+    weights = weights.double()
+    if factors is not None:
+        weights = weights * factors(nll, entropy).detach()
+    loss = (weights * nll).sum() / divisor
+    loss.backward()
+    return loss, logits, nll, entropy, [x.grad for x in inputs]
+
+
+def relative_error(value, expected):
+    return (torch.linalg.norm(value.double() - expected) / torch.linalg.norm(expected).clamp(min=1e-30)).item()
+
+
+def check(inputs, targets, weights, logit_scale, softcap, factors=None, grad=1.0):
+    dtype = inputs[0].dtype
+    tolerance = TOLERANCES[dtype]
+    divisor = weights.count_nonzero()
+    output = weighted_linear_cross_entropy(
+        *(inputs[0], inputs[1], targets, weights),
+        bias=inputs[2] if len(inputs) > 2 else None,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        token_factors=factors,
+    )
+    output.loss.backward(torch.tensor(grad))
+    loss, logits, nll, entropy, gradients = reference(inputs, targets, weights, divisor, logit_scale, softcap, factors)
+    scored = weights != 0
+    assert output.loss.item() == pytest.approx(loss.item(), rel=tolerance)
+    assert relative_error(output.nll[scored], nll[scored]) < tolerance
+    assert relative_error(output.entropy[scored], entropy[scored]) < tolerance
+    assert not output.nll[~scored].any()
+    if dtype == torch.float32:
+        assert torch.equal(output.is_top1, (logits.argmax(1) == targets) & scored)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        if x.requires_grad:
+            assert x.grad.dtype == dtype
+            assert relative_error(x.grad, gradient * grad) < tolerance
+        x.grad = None
+
+
+@pytest.mark.parametrize("count", [TOKENS, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("logit_scale", "softcap"), itertools.product((1.0, 0.7), (None, 5.0)))
+@pytest.mark.parametrize("vocab", [7, 1501, 1536])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_head_equals_float64(dtype, vocab, logit_scale, softcap, bias, count, monkeypatch):
+    monkeypatch.setattr(one_pass, "_chunk_rows", lambda n, *args: min(n, count))
+    monkeypatch.setattr(rows, "_COLUMNS", 1024)
+    inputs, targets, weights = make_inputs(dtype, vocab, bias)
+    for frozen in (None, 0, 1):
+        for number, x in enumerate(inputs):
+            x.requires_grad_(number != frozen)
+        check(inputs, targets, weights, logit_scale, softcap, grad=1.0 if frozen is None else 3.0)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_factors_of_tokens(dtype, softcap):
+    for factors in (lambda nll, entropy: torch.exp(-nll), lambda nll, entropy: entropy / (1 + nll)):
+        check(*make_inputs(dtype, 101, bias=True), 0.7, softcap, factors)
+
+
+def test_top1_is_the_first_of_equal_logits():
+    hidden_states, weight = torch.ones(4, HIDDEN), torch.ones(1501, HIDDEN)
+    weight[1200:] = 0
+    targets = torch.tensor([0, 1, 1100, 1300])
+    output = weighted_linear_cross_entropy(hidden_states, weight, targets, torch.ones(4))
+    assert output.is_top1.tolist() == [True, False, False, False]
+
+
+def test_without_a_weighted_token_the_gradient_is_zero(on_triton):
+    inputs, targets, weights = make_inputs(torch.float32, 101, bias=True)
+    for scored in (None, True):
+        loss = weighted_linear_cross_entropy(*inputs[:2], targets, weights * 0, bias=inputs[2], scored=scored).loss
+        loss.backward()
+        assert loss.item() == 0
+        assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in inputs)
+    assert on_triton == [TOKENS]
+
+
+def test_all_tokens_may_be_scored():
+    inputs, targets, weights = make_inputs(torch.float32, 101, bias=True)
+    output = weighted_linear_cross_entropy(*inputs[:2], targets, weights, bias=inputs[2], scored=True)
+    _, _, nll, entropy, _ = reference(inputs, targets, weights, 1, 1.0, None)
+    torch.testing.assert_close([output.nll, output.entropy], [nll.float(), entropy.float()])
+
+
+def test_evaluation_leaves_the_logits_alone():
+    inputs, targets, weights = make_inputs(torch.float32, 101, bias=False)
+    with torch.no_grad():
+        output = weighted_linear_cross_entropy(*inputs, targets, weights, 3)
+    assert output.loss.item() == pytest.approx(reference(inputs, targets, weights, 3, 1.0, None)[0].item(), rel=1e-6)
+    logits = torch.randn(TOKENS, 101)
+    before = logits.clone()
+    nll, entropy, is_top1 = torch.empty(TOKENS), torch.empty(TOKENS), torch.empty(TOKENS, dtype=torch.bool)
+    rows.score(logits, targets, weights, 1.0, None, None, False, nll, entropy, is_top1)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_factor_of_one_touches_no_value(dtype, on_triton):
+    on_triton.append("needs no rows")
+    values = torch.randn(3, 5000).to(dtype)
+    expected, nan = values * 3, torch.full_like(values, torch.nan)
+    assert torch.equal(rows.multiply(nan.clone(), torch.tensor(1.0)).isnan(), nan.isnan())
+    before = values.clone()
+    assert torch.equal(rows.multiply(values, torch.tensor(1.0)), before)
+    torch.testing.assert_close(rows.multiply(values, torch.tensor(3.0)), expected)

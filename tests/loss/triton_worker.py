@@ -1,0 +1,99 @@
+"""
+Trains and evaluates with the Triton kernels, TRL's and ours, in Triton's interpreter, and with the kernel for CPUs:
+
+    TRITON_INTERPRET=1 python -m tests.loss.triton_worker FOLDER
+
+Prints the logs of all as JSON. `TRITON_INTERPRET` has to be set before the first import of Triton.
+"""
+
+import json
+import sys
+
+import torch
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+import wit_trl.loss.lm_head
+from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl.loss import one_pass
+
+from ..distributed.worker import make_model, make_rows
+
+
+MODES = {
+    "padded": {},
+    "padding_free": {"padding_free": True},
+    "packed": {"packing": True, "max_length": 64, "eval_packing": True},
+    "completion_only": {"prompt_loss_weight": 0.0, "completion_loss_weight": 1.0},
+    "dft": {"loss_type": "dft"},
+}
+# Liger's kernels for layers, of which the interpreter runs this one alone
+LIGER = {"use_liger_kernel": True, "liger_kernel_config": {"rms_norm": False, "swiglu": False}}
+
+
+def run(folder, options, num_rows=6):
+    defaults = {"max_steps": 2, "max_length": None, "prompt_loss_weight": 0.2, "completion_loss_weight": 0.8}
+    args = WITSFTConfig(
+        folder,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        print_weight_report=False,
+        **{**defaults, **options},
+    )
+    # Short ones: the interpreter takes a twentieth of a second for a token
+    rows = Dataset.from_list([{name: values[:8] for name, values in row.items()} for row in make_rows(num_rows)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    trainer = WITSFTTrainer(
+        make_model("untied"), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return [
+        {name: value for name, value in log.items() if "second" not in name and "time" not in name}
+        for log in [*logs, metrics]
+    ]
+
+
+def use_triton_everywhere():
+    """What a GPU has, on the CPU: kernels in Triton, called with the labelled rows alone."""
+    one_pass._TRITON_DEVICES = ("cpu",)
+    del (
+        trl.kernels.chunked_logprob._forward_tile,
+        trl.kernels.chunked_logprob._backward_tile,
+    )  # what runs without Triton
+    for module, name in (
+        (trl.kernels.chunked_logprob, "_use_triton"),
+        (trl.trainer.utils, "_use_triton"),
+        (wit_trl.loss.lm_head, "scores_labelled_rows_alone"),
+    ):
+        setattr(module, name, lambda device: True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {"one_pass": {mode: run(sys.argv[1], options) for mode, options in MODES.items()}}
+    results["without_liger"], results["liger"] = (run(sys.argv[1], options, num_rows=1) for options in ({}, LIGER))
+    use_triton_everywhere()
+    for kernel in ("trl", "rows"):
+        fused_head = "trl" if kernel == "trl" else "one_pass"
+        results[kernel] = {
+            mode: run(sys.argv[1], {**options, "fused_head": fused_head}) for mode, options in MODES.items()
+        }
+    print(json.dumps(results))

@@ -1,0 +1,77 @@
+"""What the messages of a row must be."""
+
+from typing import Any
+
+from ..weights import check_weight
+
+
+Messages = list[dict[str, Any]]
+THINKING = ("reasoning_content", "thinking")  # of an assistant, before its answer
+
+
+def check_messages(messages: Any, column: str) -> Messages:
+    """Returns the messages of a row. Raises `ValueError` if they are none, or lack a role or a content."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f"`{column}` must be a list of messages, but is {messages!r}. Fill it in (parse it, if it is JSON), or "
+            "remove the row."
+        )
+    for turn, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"turn {turn} of `{column}` must have a `role`, but is {message!r}.")
+        content = message.get("content")
+        others = ("tool_calls", *THINKING)
+        if not isinstance(content, str | list) and (content is not None or not any(map(message.get, others))):
+            raise ValueError(
+                f"turn {turn} of `{column}` ({message['role']}) must have a `content`, but it is {content!r}. Fill it "
+                "in or remove the row."
+            )
+        for part in content if isinstance(content, list) else ():
+            if (
+                not isinstance(part, dict)
+                or not part.get("type")
+                or (part["type"] == "text" and not isinstance(part.get("text"), str))
+            ):
+                raise ValueError(
+                    f"turn {turn} of `{column}` ({message['role']}) has the part {part!r}. Write a part as `{{'type': "
+                    "'text', 'text': ...}` or `{'type': 'image'}`."
+                )
+        for text in message_texts(message):
+            check_unicode(text, f"turn {turn} of `{column}` ({message['role']})")
+        check_weight(message.get("weight"), f"the `weight` of turn {turn} of `{column}`")
+    return messages
+
+
+def check_answer(messages: Messages, column: str) -> None:
+    """Raises `ValueError` if no turn is the assistant's."""
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise ValueError(
+            f"`{column}` has no assistant turn, so there is no completion. Its roles are {roles}. Name the one that "
+            "answers `assistant`, or remove such rows."
+        )
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raises `ValueError` for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid Unicode: {error}. Decode it anew, or remove the row.") from error
+
+
+def message_texts(message: dict[str, Any]) -> list[str]:
+    """Returns the content of a message, or the texts among its parts."""
+    content = message.get("content") or ""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def missing_end(texts: list[str], rendered: str) -> str | None:
+    """Returns the end of the first text that is not rendered. Templates change whitespace, and leave out thinking."""
+    squeezed = ""
+    for text in texts:
+        end = text.rpartition("</think>")[2].strip()[-20:]
+        squeezed = squeezed or "".join(rendered.split())
+        if "".join(end.split()) not in squeezed:
+            return end
+    return None

@@ -1,0 +1,116 @@
+"""Which token of a text a character belongs to."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .._upstream import common_prefix_length
+
+
+_LONGEST_REMEMBERED = 200  # characters
+
+
+class Tokens:
+    """
+    What a tokenizer knows of its added tokens, at which it splits every text before all else, and the tokens of short
+    texts, such as the headers of turns.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        # Not those that are found between words alone: their text is in others too
+        added = tokenizer.added_tokens_decoder.items()
+        self.contents = {token: content.content for token, content in added if not content.single_word}
+        self._is_added = np.zeros(max([*self.contents, 0]) + 2, bool)
+        self._is_added[[*self.contents]] = True
+        self._remembered: dict[str, list[int]] = {}
+
+    def added(self, input_ids: list[int]) -> list[int]:
+        """Returns the positions of added tokens."""
+        return np.flatnonzero(self._is_added[np.minimum(np.asarray(input_ids, int), len(self._is_added) - 1)]).tolist()
+
+    def of(self, text: str) -> list[int]:
+        """Returns the tokens of a text, without those that a tokenizer puts around any."""
+        tokens = self._remembered.get(text)
+        if tokens is None:
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(text) <= _LONGEST_REMEMBERED:
+                self._remembered[text] = tokens
+        return tokens
+
+
+class TokenPositions:
+    """
+    Maps characters of a text to its tokens, as if the text were tokenized up to each of them. Only what follows the
+    last added token before it is tokenized, since that does not depend on what precedes it.
+
+    Args:
+        text (`str`):
+            The text.
+        input_ids (`list[int]`):
+            Its tokens, or the first of them.
+        tokens ([`Tokens`]):
+            What is known of the tokenizer.
+        tokenize_beginning (`Callable`):
+            Returns the tokens of the text up to a character, where added tokens do not tell. It gets the character and
+            the number of turns whose images are before it.
+    """
+
+    def __init__(
+        self, text: str, input_ids: list[int], tokens: Tokens, tokenize_beginning: Callable[[int, int], list[int]]
+    ):
+        self.count = len(input_ids)
+        self._text, self._input_ids, self._tokens = text, input_ids, tokens
+        self._tokenize_beginning = tokenize_beginning
+        self._positions = tokens.added(input_ids)
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        end = 0
+        for position in self._positions:
+            content = tokens.contents[input_ids[position]]
+            start = text.find(content, end)
+            if start < 0:  # it is not in the text: the processor of a model with images writes more than that
+                self._positions, self._starts, self._ends = [], [], []
+                break
+            end = start + len(content)
+            self._starts.append(start)
+            self._ends.append(end)
+
+    def at(self, character: int, turns: int) -> int:
+        """
+        Returns the position of the token that begins at a character, before which the images of so many turns are. A
+        token that begins before it and ends after it counts as after it.
+        """
+        return self._find(character, turns)[0]
+
+    def past(self, character: int, turns: int) -> int:
+        """Returns the same, but a token that begins before the character and ends after it counts as before it."""
+        position, is_boundary = self._find(character, turns)
+        return min(position + (not is_boundary), self.count)
+
+    def is_added(self, position: int) -> bool:
+        """Whether there is an added token at a position."""
+        return position < self.count and self._input_ids[position] in self._tokens.contents
+
+    def _find(self, character: int, turns: int) -> tuple[int, bool]:
+        """Returns the position, and whether a token begins there."""
+        if character <= 0 or character >= len(self._text):
+            return (0 if character <= 0 else self.count), True
+        number = bisect_left(self._starts, character)
+        if number < len(self._starts) and self._starts[number] == character:
+            return self._positions[number], True
+        position = 0
+        tokens: list[int] = []
+        if number:
+            position = self._positions[number - 1]
+            if self._ends[number - 1] == character:
+                return position + 1, True
+            tokens = self._tokens.of(self._text[self._starts[number - 1] : character])
+        if (
+            not tokens or tokens[:1] != self._input_ids[position : position + 1]
+        ):  # there is no added token before it, or it is none here
+            position, tokens = 0, self._tokenize_beginning(character, turns)
+        common = common_prefix_length(tokens, self._input_ids[position : position + len(tokens)])
+        return position + common, common == len(tokens)

@@ -1,0 +1,147 @@
+"""What the tokens of a conversation weigh by its structure: by its messages, their roles, and who writes them."""
+
+import difflib
+import itertools
+
+import numpy as np
+
+from ..weights import StructureWeights
+from .content_spans import Span
+from .messages import message_texts, missing_end
+from .token_positions import TokenPositions
+from .turns import Conversation
+
+
+_NO_STRUCTURE = StructureWeights()
+
+
+def turn_weights(
+    conversation: Conversation,
+    input_ids: list[int],
+    structure: StructureWeights = _NO_STRUCTURE,
+    regions: list[int] | None = None,
+    first_answer: int = 0,
+) -> np.ndarray:
+    """
+    Returns for each token the `"weight"` of the message that adds it times the weight of its role, and for what the
+    template writes itself in the prompt its weight; nothing if all of them are 1. What precedes the first message
+    belongs to it.
+
+    Args:
+        conversation ([`Conversation`]):
+            The conversation.
+        input_ids (`list[int]`):
+            Its tokens, or the first of them.
+        structure ([`StructureWeights`]):
+            What roles and the template's own tokens weigh.
+        regions (`list[int]`, *optional*):
+            Region of each token. Needed where the template's own tokens weigh less in the prompt (0).
+        first_answer (`int`, *optional*, defaults to `0`):
+            From which turn on the assistant's turns are completion, as far as `structure` says so.
+
+    Raises:
+        `ValueError`: it cannot be told where a turn ends whose weight is not that of the next one, or what the
+        template writes.
+    """
+    messages, tools = conversation.messages, conversation.template_kwargs["tools"]
+    of_messages = [1.0 if message.get("weight") is None else message["weight"] for message in messages]
+    of_roles = [structure.role_loss_weights.get(message["role"], 1.0) for message in messages]
+    of_tools = structure.role_loss_weights.get("tools", 1.0) if tools else 1.0
+    template_weight = structure.chat_template_loss_weight
+    if {*of_messages, *of_roles, of_tools, template_weight} == {1}:
+        return np.zeros(0, np.float32)
+    positions = conversation.positions(input_ids)
+    weights = _spread(conversation, of_roles, "role weight", positions)
+    of_schemas = []
+    if tools and (structure.role_loss_weights or template_weight != 1):
+        of_schemas = _tools(conversation, positions)
+    for start, end in of_schemas:
+        weights[start:end] = of_tools
+    weights *= _spread(conversation, of_messages, "`weight`", positions)
+    if template_weight != 1:
+        answers = [turn for turn in conversation.answers() if turn >= first_answer]
+        if structure.completion_turns == "last":
+            answers = answers[-1:]
+        of_template = np.where(np.asarray(regions) == 0, np.float32(template_weight), 1)
+        for start, end in [*of_schemas, *_contents(conversation, positions, answers)]:
+            of_template[start:end] = 1
+        weights *= of_template
+    return weights
+
+
+def _spread(conversation: Conversation, of_turns: list[float], name: str, positions: TokenPositions) -> np.ndarray:
+    """Returns the weight of each token from those of the turns."""
+    weights = np.full(positions.count, of_turns[-1], np.float32)
+    start = 0
+    for turn, (weight, following) in enumerate(itertools.pairwise(of_turns)):
+        if weight != following:  # else it does not matter which of the two a token belongs to
+            try:
+                character, end = conversation.start_of_turn(turn + 1), conversation.end_of_turn(turn, positions)
+            except ValueError as error:
+                raise ValueError(
+                    f"turn {turn} has another {name} than the next one, but where it ends cannot be told. Give both "
+                    f"the same. The reason: {error}"
+                ) from error
+            if _is_inside_the_next(conversation, turn, character):
+                raise ValueError(
+                    f"the chat template renders turn {turn} ({conversation.messages[turn]['role']}) inside the next "
+                    f"one, so it cannot have a {name} of its own. Give both the same."
+                )
+            weights[start:end] = weight
+            start = end
+    return weights
+
+
+def _is_inside_the_next(conversation: Conversation, turn: int, start_of_next: int) -> bool:
+    if conversation.spans is not None:
+        return start_of_next < conversation.spans[turn][1]
+    return missing_end(message_texts(conversation.messages[turn]), conversation.text[:start_of_next]) is not None
+
+
+def _contents(conversation: Conversation, positions: TokenPositions, answers: list[int]) -> list[Span]:
+    """Returns the tokens of all messages but for what the template writes around them; whole answers in the prompt."""
+    if conversation.spans is None:
+        raise ValueError(
+            "the chat template changes what messages say, so what it writes itself cannot be told. Choose another "
+            "template (`chat_template_path`), or set `chat_template_loss_weight=1`."
+        )
+    contents = []
+    for turn, message in enumerate(conversation.messages):
+        start, end = conversation.spans[turn]
+        if message["role"] == "assistant" and turn not in answers:
+            contents.append(conversation.answer(turn, positions))
+        elif end:  # of an answer too: some templates mark the last one alone
+            contents.append((positions.at(start, turn + 1), positions.past(end, turn + 1)))
+    return contents
+
+
+def _tools(conversation: Conversation, positions: TokenPositions) -> list[Span]:
+    """Returns the tokens that the template writes because of the `tools`."""
+    without = conversation.without_tools()
+    if conversation.spans is None or without.spans is None:
+        raise ValueError(
+            "the chat template changes what messages say, so where it writes the `tools` cannot be told. Choose "
+            "another template (`chat_template_path`), or leave `role_loss_weights` and `chat_template_loss_weight` "
+            "unset."
+        )
+    found = []
+    gaps, gaps_without = (_gaps(each.spans or [], each.text) for each in (conversation, without))
+    for (start, end), (start_without, end_without) in zip(gaps, gaps_without, strict=True):
+        longer, shorter = conversation.text[start:end], without.text[start_without:end_without]
+        changes = difflib.SequenceMatcher(None, shorter, longer, autojunk=False).get_opcodes()
+        for change, *_, first, last in changes:
+            if change in ("replace", "delete"):
+                raise ValueError(
+                    "the chat template writes other things too where there are `tools`, so they have no weight of "
+                    "their own. Choose another template (`chat_template_path`), or leave `role_loss_weights` and "
+                    "`chat_template_loss_weight` unset."
+                )
+            if change == "insert":
+                found.append((positions.at(start + first, 0), positions.at(start + last, 0)))
+    return found
+
+
+def _gaps(spans: list[Span], text: str) -> list[Span]:
+    """Returns what is before, between and after the contents."""
+    contents = [span for span in spans if span[1]]
+    return [*zip([0, *(end for _, end in contents)], [*(start for start, _ in contents), len(text)], strict=True)]

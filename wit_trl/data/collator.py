@@ -1,0 +1,89 @@
+"""`DataCollatorForWIT`: TRL's batches of text, with a weight for each token."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..weights import set_targets, token_regions, token_weights
+
+
+@dataclass
+class DataCollatorForWIT(DataCollatorForLanguageModeling):
+    """
+    Data collator that gives every token its weight as a prediction target.
+
+    Pads or flattens (`padding_free=True`) as TRL's [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`] does.
+    Rows packed with known boundaries (`"seq_lengths"`) are always flattened, so that documents stay apart. The region
+    of a token comes from `"labels"` (-100 marks the prompt), `"completion_mask"` (1 completion, 0 prompt) or
+    `"assistant_masks"`; without any of them, every token is completion. Next to TRL's keys, the batch holds three
+    tensors of the shape of `"input_ids"`:
+
+    - `"completion_mask"` (`int64`): 1 completion, 0 prompt, -100 for a token that is never a target: padding, and the
+      first token of every document, which nothing predicts.
+    - `"token_weights"` (`float32`): `completion_loss_weight` on completion tokens, `prompt_loss_weight` on prompt
+      tokens, 0 where `"completion_mask"` is -100; times the `"weight"` and the `"token_weights"` of an example.
+    - `"labels"` (`int64`): the token where its weight is not zero, -100 elsewhere. So the labels count the divisor of
+      the loss and the weights scale its numerator.
+
+    They hold for the token *at* a position, not for the one predicted there: the loss shifts. In a
+    flattened batch, `"example_lengths"` gives the number of tokens of each example.
+
+    Args:
+        pad_token_id (`int`):
+            Token ID to use for padding.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Flatten all documents of the batch into one row. Documents of a packed row are told apart by its
+            `"seq_lengths"`.
+        return_position_ids (`bool`, *optional*, defaults to `False`):
+            Return position IDs in padded batches too.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad the length to a multiple of this value.
+        prompt_loss_weight (`float`, *optional*, defaults to `0.2`):
+            Weight of a prompt token.
+        completion_loss_weight (`float`, *optional*, defaults to `0.8`):
+            Weight of a completion token.
+
+    Example:
+    ```python
+    >>> from wit_trl import DataCollatorForWIT
+
+    >>> collator = DataCollatorForWIT(pad_token_id=0, prompt_loss_weight=0.0, completion_loss_weight=0.8)
+    >>> batch = collator(
+    ...     [
+    ...         {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]},
+    ...         {"input_ids": [5, 9], "completion_mask": [0, 1]},
+    ...     ]
+    ... )
+    >>> batch["token_weights"]
+    tensor([[0.0000, 0.0000, 0.8000, 0.8000],
+            [0.0000, 0.8000, 0.0000, 0.0000]])
+    >>> batch["labels"]
+    tensor([[-100, -100,    7,    8],
+            [-100,    9, -100, -100]])
+    >>> batch["completion_mask"]
+    tensor([[-100,    0,    1,    1],
+            [-100,    1, -100, -100]])
+    ```
+    """
+
+    prompt_loss_weight: float = 0.2
+    completion_loss_weight: float = 0.8
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if "seq_lengths" in examples[0] and not self.padding_free:
+            # mypy does not follow TRL's class, which has the field
+            return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
+        # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
+        batch = super().torch_call([{**example, "labels": token_regions(example)} for example in examples])
+        region = batch["labels"]
+        region[:, 0] = -100
+        data_weights = torch.ones_like(region, dtype=torch.float32)
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        in_rows = torch.arange(region.size(1)) < (lengths.sum() if self.padding_free else lengths[:, None])
+        data_weights[in_rows.expand_as(region)] = torch.cat([token_weights(example) for example in examples])
+        set_targets(batch, region, data_weights, self.prompt_loss_weight, self.completion_loss_weight)
+        if self.padding_free:
+            batch["example_lengths"] = lengths
+        return batch

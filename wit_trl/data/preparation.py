@@ -1,0 +1,317 @@
+"""From rows of any type that TRL knows to tokens, each with a region and a weight."""
+
+import functools
+import hashlib
+import importlib.metadata
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from .._upstream import global_then_local_main_first
+from ..config import WITSFTConfig
+from ..conversation.chat_template import chosen_chat_template, training_chat_template
+from ..report.weight_report import LENGTH_COLUMNS
+from ..weights import (
+    MASK_COLUMNS,
+    NO_CONVERSATION_MESSAGE,
+    NO_PROMPT_MESSAGE,
+    StructureWeights,
+    check_weight,
+    token_regions,
+    token_weights,
+)
+from .schemas import remedy_for
+from .tokenization import SHAREGPT_ROLES, Row, RowTokenizer
+
+
+logger = get_logger(__name__)
+
+RowFunction = Callable[[list[Row]], list[Row]]
+
+TARGET_COLUMNS = ("prompt_targets", "completion_targets")  # tokens of each region whose weight in the data is not 0
+_TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
+# Columns that belong to tokens, and mean nothing in a row that has none yet
+_COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths", "turn_weights"}
+_BATCH_SIZE = 100  # rows that are tokenized together
+_ROWS_WITH_ROLES = 1000  # in which a role that has a weight is looked for
+# The code that decides about tokens, regions and data weights: these modules, and all in these folders
+_SOURCES = ("_upstream.py", "conversation", "data", "weights.py")
+
+
+def check_train_dataset(dataset: Any, formatting_func: Callable | None) -> set[str]:
+    """
+    Returns the columns of a training set.
+
+    Raises:
+        `ValueError`: it is empty, or TRL would ignore the `formatting_func`.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return set()  # TRL refuses it
+    columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set(next(iter(dataset), ()))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError("`train_dataset` is empty. Check the file, the split and any filter it comes from.")
+    if formatting_func and not _TRL_COLUMNS.isdisjoint(columns):
+        raise ValueError(
+            f"`formatting_func` makes plain text, but TRL reads the columns {sorted(_TRL_COLUMNS & columns)} instead "
+            "of it. Drop `formatting_func` (the chat template does its work), or rename these columns to train on the "
+            "text, in which every token is completion."
+        )
+    return columns
+
+
+class DataPreparation:
+    """
+    The steps that TRL's preparation of a data set lacks: what the trainer does before TRL tokenizes, and after.
+
+    Every error names the row. None of the steps depends on the weights of the regions but the last, so that the cache
+    of a prepared data set serves all of them.
+
+    Args:
+        args ([`WITSFTConfig`]):
+            Arguments of the training.
+        packing (`bool`):
+            Whether the rows are to be packed.
+        dataset_name (`str`):
+            What messages call the data set.
+    """
+
+    def __init__(self, args: WITSFTConfig, packing: bool, dataset_name: str):
+        self.args, self.packing, self.dataset_name = args, packing, dataset_name
+
+    def first_row(self, dataset: Dataset | IterableDataset) -> dict[str, Any]:
+        """Returns the first row. Raises `ValueError` if there is none, or if rows are read through a transform."""
+        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+            raise ValueError(
+                f"The {self.dataset_name} dataset has a transform (`with_transform`), through which it cannot be "
+                "prepared. Apply it with `map`; or return tokenized rows from it and pass "
+                "`dataset_kwargs={'skip_prepare_dataset': True}`."
+            )
+        example = next(iter(dataset.with_format(None)), None)
+        if example is None:
+            raise ValueError(f"The {self.dataset_name} dataset is empty. Check the file, the split and any filter.")
+        return example
+
+    def tokenize(
+        self,
+        dataset: Dataset | IterableDataset,
+        example: dict[str, Any],
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        pair_template: str | None,
+        assistant_only_loss: bool,
+    ) -> Dataset | IterableDataset:
+        """
+        Tokenizes rows as TRL does it and weighs their tokens, all in one pass. `example` is the first of them, and
+        `pair_template` what TRL renders prompts and completions with, if it is not the own template.
+        """
+        columns = set(example)
+        if not {"image", "images"}.isdisjoint(columns):
+            raise ValueError(
+                f"The {self.dataset_name} dataset has images, which the train dataset has not, so they would be "
+                "ignored. Remove the column, or evaluate with images apart."
+            )
+        templates: dict[str, Any] = {"structure": self.args.structure_weights}
+        if {"prompt", "completion"} <= columns:
+            texts: tuple[str, ...] = ("prompt", "completion")
+            of_messages = isinstance(example["prompt"], list)
+            if assistant_only_loss and pair_template is None:
+                pair_template = training_chat_template(processing_class)
+            templates |= {"chat_template": pair_template, "assistant_only": assistant_only_loss}
+        elif not {"messages", "conversations"}.isdisjoint(columns):
+            texts, of_messages = ("conversations" if "conversations" in columns else "messages",), True
+            templates["chat_template"] = chosen_chat_template(processing_class)
+            templates["tool_template"] = training_chat_template(processing_class, tools=True)
+        elif self.args.dataset_text_field in columns:
+            logger.warning_once(NO_PROMPT_MESSAGE)
+            texts, of_messages = (self.args.dataset_text_field,), False
+        else:
+            raise ValueError(
+                f"The {self.dataset_name} dataset has the columns {sorted(columns)}, but needs `prompt` and "
+                f"`completion`, `messages`, `conversations`, `{self.args.dataset_text_field}` or `input_ids`. "
+                f"{remedy_for(columns)} `wit_trl.to_trl_format` converts Alpaca, Dolly and WIT data, and "
+                "`formatting_func` makes text of any columns."
+            )
+        self.check_structure_weights(dataset, texts if of_messages else ())
+        self._warn_of_ignored_weights(columns)
+        tokenizer = RowTokenizer(processing_class, texts, of_messages, **templates)
+        function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
+        unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
+        return self.map_rows(dataset, function, "Tokenizing", unused)
+
+    def format_rows(
+        self, dataset: Dataset | IterableDataset, formatting_func: Callable[[dict], str]
+    ) -> Dataset | IterableDataset:
+        """Returns rows with the text that a `formatting_func` makes of each. It may read any column."""
+        logger.warning_once(NO_PROMPT_MESSAGE)
+
+        # Not a closure, with which all arguments of the training would be part of the key of the cache
+        format_rows = functools.partial(_format, formatting_func=formatting_func, column=self.args.dataset_text_field)
+        return self.map_rows(dataset, format_rows, "Applying formatting function")
+
+    def weigh_tokens(self, dataset: Dataset | IterableDataset, example: dict[str, Any]) -> Dataset | IterableDataset:
+        """
+        Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
+        `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
+        """
+        self.check_structure_weights(dataset)
+        self._warn_of_ignored_weights({*example})
+        if {*MASK_COLUMNS}.isdisjoint(example):
+            logger.warning_once(
+                "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
+                "completion and `prompt_loss_weight` has no effect."
+            )
+        unused = {*MASK_COLUMNS, "attention_mask", "weight"}
+        function = functools.partial(_weigh_tokens, kept=self._kept())
+        return self.map_rows(dataset, function, "Finding completions", unused)
+
+    def check_structure_weights(self, dataset: Dataset | IterableDataset, columns: tuple[str, ...] = ()) -> None:
+        """Refuses weights of roles and templates where these columns hold no conversations, and tells unused roles."""
+        structure = self.args.structure_weights
+        if structure != StructureWeights() and not columns:
+            raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
+        if not structure.role_loss_weights or isinstance(dataset, IterableDataset):
+            return
+        roles = {"tools"}
+        for row in dataset.select_columns([*columns]).take(min(_ROWS_WITH_ROLES, len(dataset))):
+            turns = [turn for name in columns if isinstance(row[name], list) for turn in row[name]]
+            found = {turn.get("role") or turn.get("from", "") for turn in turns if isinstance(turn, dict)}
+            roles |= {SHAREGPT_ROLES.get(role, role) for role in found}
+        if unused := structure.role_loss_weights.keys() - roles:
+            logger.warning(
+                f"`role_loss_weights` names {sorted(unused)}, but the first {_ROWS_WITH_ROLES:,} rows of the "
+                f"{self.dataset_name} dataset have only {sorted(filter(None, roles - {'tools'}))}."
+            )
+
+    def _warn_of_ignored_weights(self, columns: set[str]) -> None:
+        known = ("weight", "token_weights", "turn_weights")
+        if ignored := sorted(name for name in columns if "weight" in name.lower() and name not in known):
+            logger.warning(
+                f"The {self.dataset_name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number "
+                "for the row, or to `token_weights`, one for each token of `input_ids`."
+            )
+
+    def _kept(self) -> slice:
+        """The part of a row that is kept."""
+        args = self.args
+        if self.packing and args.max_length is None:
+            raise ValueError("Packing needs a `max_length`, the length of a packed row.")
+        windows = {"keep_start": slice(args.max_length), "keep_end": slice(-(args.max_length or 0), None)}
+        if args.truncation_mode not in windows:
+            raise ValueError(f"`truncation_mode` is {args.truncation_mode!r}, but must be one of {list(windows)}.")
+        if args.max_length is None or (self.packing and args.packing_strategy != "bfd"):
+            return slice(None)  # the other strategies split a row
+        return windows["keep_start" if self.packing else args.truncation_mode]
+
+    def map_kwargs(self, dataset: Dataset | IterableDataset, desc: str) -> dict[str, Any]:
+        """Returns how to map a data set: on several processes, with a progress bar of this name."""
+        if isinstance(dataset, IterableDataset):  # takes neither
+            return {}
+        return {"num_proc": self.args.dataset_num_proc, "desc": f"{desc} of {self.dataset_name} dataset"}
+
+    def map_rows(
+        self, dataset: Dataset | IterableDataset, function: RowFunction, desc: str, unused: Iterable[str] = ()
+    ) -> Dataset | IterableDataset:
+        """
+        Maps rows to what the function makes of some of them, with the number of the row in its errors, and removes the
+        unused columns. A second start reads it from the cache of the data set, also where it is a mere check.
+        """
+        is_stream = isinstance(dataset, IterableDataset)  # of which no row is read before it is needed
+        # In a stream, the first row may lack columns of the others
+        unused = {*unused} if is_stream else {*unused} & {*dataset.column_names}
+        call = _map_row if is_stream else _map_batch
+        fn_kwargs = {"function": function, "dataset_name": self.dataset_name, "made_by": _versions()}
+        options = {"with_indices": True, "fn_kwargs": fn_kwargs, "remove_columns": sorted(unused)}
+        if not is_stream:
+            options |= {"batched": True, "batch_size": _BATCH_SIZE}
+        with global_then_local_main_first():
+            # Not in a format of torch or pandas, in which messages are something else
+            return dataset.with_format(None).map(call, **options, **self.map_kwargs(dataset, desc))
+
+
+@functools.cache
+def _versions() -> str:
+    """Returns what tells a cache of this code from one of another."""
+    package, sources = Path(__file__).parents[1], hashlib.sha256()
+    for source in (package / name for name in _SOURCES):
+        for module in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            sources.update(module.read_bytes())
+    others = [importlib.metadata.version(name) for name in ("trl", "transformers", "tokenizers", "jinja2")]
+    return " ".join([sources.hexdigest(), *others])
+
+
+def _map_batch(
+    batch: Mapping[str, list], indices: list[int], function: RowFunction, dataset_name: str, made_by: str
+) -> dict[str, list]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    made = _name_row(function, rows, indices, dataset_name)
+    return {name: [row[name] for row in made] for name in made[0]}
+
+
+def _map_row(row: Row, index: int, function: RowFunction, dataset_name: str, made_by: str) -> Row:
+    (made,) = _name_row(function, [row], [index], dataset_name)
+    return made
+
+
+def _name_row(function: RowFunction, rows: list[Row], indices: list[int], dataset_name: str) -> list[Row]:
+    """Returns what a function makes of rows. Of several, it looks for the one that is wrong only if one is."""
+    try:
+        return function(rows)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a tokenizer or template, whatever it met
+        if len(rows) == 1:
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"Row {indices[0]} of the {dataset_name} dataset: {reason}") from error
+        for row, index in zip(rows, indices, strict=True):
+            _name_row(function, [row], [index], dataset_name)
+        raise
+
+
+def _format(rows: list[Row], formatting_func: Callable[[Row], str], column: str) -> list[Row]:
+    texts = [formatting_func(row) for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`formatting_func` must return a text, but returned {text!r} for the row {reprlib.repr(row)}."
+            )
+    return [{column: text} for text in texts]
+
+
+def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -> list[Row]:
+    made = []
+    for row, tokens in zip(rows, tokenizer(rows), strict=True):
+        if row.get("token_weights") is not None:
+            raise ValueError(
+                "it has `token_weights` but no `input_ids` that they could belong to. Tokenize the data set, or weigh "
+                "rows or messages with `weight`."
+            )
+        input_ids = tokens["input_ids"]
+        weights = np.full(len(input_ids), check_weight(row.get("weight"), "`weight`"), np.float32)
+        if len(tokens["turn_weights"]):
+            weights *= tokens["turn_weights"]
+        made.append(_prepared(input_ids, tokens["completion_mask"], weights, kept))
+    return made
+
+
+def _weigh_tokens(rows: list[Row], kept: slice) -> list[Row]:
+    return [_prepared(row["input_ids"], token_regions(row), token_weights(row).numpy(), kept) for row in rows]
+
+
+def _prepared(input_ids: list[int], regions: list[int], weights: np.ndarray, kept: slice) -> Row:
+    """Returns a row as it is trained on, and what was cut off it."""
+    left, left_weights = regions[kept], weights[kept]
+    targets = np.where(left_weights[1:] != 0, left[1:], -100)
+    return {
+        "input_ids": input_ids[kept],
+        "completion_mask": left,
+        "token_weights": left_weights,
+        "prompt_length": regions.count(0),
+        "completion_length": regions.count(1),
+        "truncated": len(left) < len(regions),
+        "completion_lost": 1 in regions[1:] and 1 not in left[1:],
+        "prompt_targets": np.count_nonzero(targets == 0),
+        "completion_targets": np.count_nonzero(targets == 1),
+    }

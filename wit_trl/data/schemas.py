@@ -1,0 +1,116 @@
+"""Data sets of other schemas, brought into a format of TRL."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from .._upstream import get_dataset_column_names, global_then_local_main_first
+from ..conversation.chat_template import tokenizer_of
+
+
+_TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
+# By name: the columns of the question, of which all but the first may be empty or missing, and of the answer
+_SCHEMAS = {
+    "Alpaca": (("instruction", "input"), "output"),
+    "Dolly": (("instruction", "context"), "response"),
+    "WIT": (("prompt",), "response"),
+}
+_EOS_PLACEHOLDER = "###eos_token###"
+
+
+def to_trl_format(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    conversational: bool | None = None,
+    dataset_text_field: str = "text",
+) -> Dataset | IterableDataset:
+    r"""
+    Returns a data set in a format of TRL. Data that is in one already, which includes ShareGPT (`"conversations"`),
+    comes back as it is. Other columns, such as `"weight"`, stay.
+
+    - Alpaca (`"instruction"`, `"input"`, `"output"`) and Dolly (`"instruction"`, `"context"`, `"response"`) become a
+      prompt and a completion: two messages if conversational, else two texts, with an empty line after each part of the
+      prompt.
+    - The data of the original WIT scripts (`"prompt"`, `"response"`) become texts with one space between them, since
+      their prompts are rendered already. Their `###eos_token###` becomes the EOS token.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Data set to convert.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer or processor of the model.
+        conversational (`bool`, *optional*):
+            Whether to make messages, for the chat template, where a schema has none. Defaults to `True` if the
+            tokenizer or processor has a chat template.
+        dataset_text_field (`str`, *optional*, defaults to `"text"`):
+            Column of plain text data.
+
+    Raises:
+        `ValueError`: the columns are those of none of these schemas; a row has no text where it needs one.
+
+    Example:
+    ```python
+    >>> from datasets import Dataset
+    >>> from wit_trl import to_trl_format
+
+    >>> dataset = Dataset.from_list([{"instruction": "Add.", "input": "1, 2", "output": "3"}])
+    >>> to_trl_format(dataset, tokenizer)[0]
+    {'prompt': [{'content': 'Add.\n\n1, 2', 'role': 'user'}], 'completion': [{'content': '3', 'role': 'assistant'}]}
+    ```
+    """
+    columns = set(get_dataset_column_names(dataset))
+    # All that is part of some schema must be part of this one
+    parts = {"system", "history"}.union(*({*question, answer} for question, answer in _SCHEMAS.values()))
+    similar = {name: columns & parts <= {*q, a} for name, (q, a) in _SCHEMAS.items() if {q[0], a} <= columns}
+    schema = next((name for name, matches in similar.items() if matches), None)
+    # Alpaca has a `text` too, in which the answer cannot be told from the question
+    if any(known <= columns for known in _TRL_COLUMNS) or (not similar and dataset_text_field in columns):
+        return dataset
+    if schema is None:
+        known = [f"{name} ({', '.join((*question, answer))})" for name, (question, answer) in _SCHEMAS.items()]
+        raise ValueError(
+            f"The columns {sorted(columns)} are those of no known schema. Known are {', '.join(known)}, ShareGPT "
+            f"(conversations) and TRL's own: prompt and completion, messages, {dataset_text_field}, input_ids. "
+            f"{remedy_for(columns)}"
+        )
+    question, answer = _SCHEMAS[schema]
+    tokenizer = tokenizer_of(processing_class)
+    if conversational is None:
+        conversational = processing_class.chat_template is not None
+
+    def convert(example: dict[str, Any], index: int) -> dict[str, Any]:
+        for name in (question[0], answer):
+            if not isinstance(example.get(name), str):
+                raise ValueError(f"Row {index}: `{name}` must be a text, but is {example.get(name)!r}.")
+        completion = example[answer]
+        if schema == "WIT":
+            # As the original scripts join them
+            texts = {"prompt": example["prompt"].removesuffix(" "), "completion": f" {completion}"}
+            return {name: text.replace(_EOS_PLACEHOLDER, tokenizer.eos_token or "") for name, text in texts.items()}
+        parts = [part for name in question if (part := example.get(name))]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"Row {index}: `{question[1]}` must be a text, but is {parts[1]!r}.")
+        if conversational:
+            prompt = [{"role": "user", "content": "\n\n".join(parts)}]
+            return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
+        return {"prompt": "".join(f"{part}\n\n" for part in parts), "completion": completion}
+
+    used = [name for name in (*question, answer, dataset_text_field) if name in columns and name != "prompt"]
+    with global_then_local_main_first():
+        return dataset.map(convert, with_indices=True, remove_columns=used)
+
+
+def remedy_for(columns: set[str]) -> str:
+    """Returns what to do with a data set of these columns, which are those of no schema."""
+    if {"chosen", "rejected"} <= columns:
+        name = "completion" if "prompt" in columns else "messages"
+        return (
+            "These columns are preference data, for TRL's `DPOTrainer`. To train on the chosen answers alone, rename "
+            f"`chosen` to `{name}` and remove `rejected`."
+        )
+    if {"question", "answer"} <= columns:
+        renamed = "`question` to `prompt` and `answer` to `completion`"
+    else:
+        renamed = "the columns"
+    return f"Rename {renamed}, and remove those that are of none or of another schema."

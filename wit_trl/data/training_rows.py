@@ -1,0 +1,148 @@
+"""Which of the prepared rows are trained on, packed or not, and what is refused because nothing would be learned."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from trl import pack_dataset
+
+from .._upstream import global_then_local_main_first
+from ..config import WITSFTConfig
+from ..report.weight_report import STREAMED_ROWS, RowLengths
+from .preparation import TARGET_COLUMNS, DataPreparation
+from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
+
+
+logger = get_logger(__name__)
+
+_TOKEN_COLUMNS = ["input_ids", "completion_mask", "token_weights"]
+
+
+class TrainingRows(NamedTuple):
+    """
+    A prepared training set, and what its rows do not tell.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The rows that are trained on.
+        lengths ([`RowLengths`], *optional*): What they and the dropped ones were before. `None` for a stream.
+        dropped (`int`, *optional*): Number of rows that were dropped. `None` for a stream.
+    """
+
+    dataset: Dataset | IterableDataset
+    lengths: RowLengths | None = None
+    dropped: int | None = None
+
+
+def pack(dataset: Dataset | IterableDataset, preparation: DataPreparation) -> Dataset | IterableDataset:
+    """Packs rows as TRL does, with all that belongs to each token."""
+    dataset = dataset.select_columns(_TOKEN_COLUMNS)
+    with global_then_local_main_first():
+        if preparation.args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=preparation.args.seed)
+        map_kwargs = preparation.map_kwargs(dataset, "Packing")
+        return pack_dataset(dataset, preparation.args.max_length, preparation.args.packing_strategy, map_kwargs)
+
+
+def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPreparation) -> TrainingRows:
+    """
+    Returns what of prepared rows is trained on. Drops the rows in which every token weighs 0, where TRL drops fully
+    masked ones: after truncation, but not after packing.
+
+    Raises:
+        `ValueError`: no row has a target, or completions have a weight, but truncation left no row one.
+    """
+    args = preparation.args
+    weights = (args.prompt_loss_weight, args.completion_loss_weight)
+    regions = [column for column, weight in zip(TARGET_COLUMNS, weights, strict=True) if weight]
+    drops = args.max_length is not None and not args.packing
+
+    if isinstance(whole, IterableDataset):
+        _check_targets(whole, regions, preparation)
+        kept = whole.filter(lambda row: any(row[region] for region in regions)) if drops else whole
+        return TrainingRows(pack(kept, preparation) if preparation.packing else kept)
+
+    _check_targets(whole, regions, preparation)
+    kept = whole
+    if drops:
+        columns = whole.select_columns(regions).with_format("arrow")[:]
+        has_target = np.any([columns[region].to_numpy() > 0 for region in regions], axis=0)
+        if not has_target.all():
+            kept = whole.select(np.flatnonzero(has_target))
+    dropped = len(whole) - len(kept)
+    if dropped:
+        logger.warning(
+            f"Dropped {dropped} of {len(whole)} rows of the {preparation.dataset_name} dataset: they have no token of "
+            f"non-zero weight, or none within `max_length={args.max_length}`."
+        )
+    return TrainingRows(pack(kept, preparation) if preparation.packing else kept, RowLengths.read(whole), dropped)
+
+
+def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparation: DataPreparation) -> None:
+    """Reads rows until one has a target, and one its completion. Of a long stream nobody can tell of the latter."""
+    args = preparation.args
+    has_target, lost, keeps_completion = False, False, args.completion_loss_weight == 0
+    for number, row in enumerate(rows.select_columns([*regions, "completion_length", "completion_lost"])):
+        is_long_stream = isinstance(rows, IterableDataset) and number == STREAMED_ROWS
+        lost = lost or row["completion_lost"]
+        keeps_completion = (
+            keeps_completion or is_long_stream or (row["completion_length"] and not row["completion_lost"])
+        )
+        has_target = has_target or any(row[region] for region in regions)
+        if has_target and keeps_completion:
+            return
+    if lost and not keeps_completion:
+        raise ValueError(
+            f"No row of the {preparation.dataset_name} dataset has a completion left to train on: "
+            f"{_truncation(rows, args)}, so the model would learn its prompts alone. Raise `max_length`, or set "
+            "`completion_loss_weight=0` if that is what you want."
+        )
+    if not has_target:
+        raise ValueError(
+            f"No row of the {preparation.dataset_name} dataset has a token left to train on. The weights of prompt and "
+            f"completion are {(args.prompt_loss_weight, args.completion_loss_weight)}, and {_truncation(rows, args)}. "
+            "Raise `max_length`, give the other region a weight, or look for weights of 0 in the data."
+        )
+
+
+def _truncation(rows: Dataset | IterableDataset, args: WITSFTConfig) -> str:
+    """What an error says of it, of all rows or of the first ones of a stream, which may have no end."""
+    column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
+    columns = rows.select_columns([column])
+    found = [
+        bool(row[column])
+        for row in itertools.islice(columns, STREAMED_ROWS + 1 if isinstance(rows, IterableDataset) else None)
+    ]
+    return f"{sum(found)} of {len(found)} rows were {verb} to `max_length={args.max_length}`"
+
+
+def check_image_rows(
+    dataset: Dataset | IterableDataset, collator: DataCollatorForVisionLanguageWIT, args: WITSFTConfig
+) -> None:
+    """
+    Raises `ValueError` if a row is wrong but for its images, which are not read, or if no row has a target, in its
+    completion if that has a weight: it stops at the first that has one.
+    """
+    in_completion = args.completion_loss_weight > 0
+
+    def has_target(row):
+        batch = collator([row])
+        return (batch["labels"] != -100).any() and (not in_completion or (batch["completion_mask"] == 1).any())
+
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
+        DataPreparation(args, False, "train").map_rows(
+            texts,
+            functools.partial(check_rows, text_field=collator.dataset_text_field),
+            "Checking rows",
+            texts.column_names,
+        )
+    if not any(map(has_target, dataset)):
+        raise ValueError(
+            f"No example of the train dataset has a token left to train on{' in its completion' * in_completion}. The "
+            "weights of prompt and completion are "
+            f"{(args.prompt_loss_weight, args.completion_loss_weight)}, and `max_length` is {args.max_length}. Raise "
+            "`max_length`, give the other region a weight, or check the data."
+        )

@@ -1,0 +1,1 @@
+"""From hidden states to the weighted loss: the public functions, the LM head, the kernels."""

@@ -1,0 +1,197 @@
+"""The public loss functions: `wit_loss`, the reference form; `weighted_linear_cross_entropy`, without full logits."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .._upstream import ChunkedLogProbFunction
+from . import one_pass
+from .one_pass import TokenFactors
+
+
+FUSED_HEADS = ("auto", "one_pass", "trl")
+# Where the one-pass kernel was tested and timed, so that it is chosen
+_ONE_PASS_DEVICES = ("cpu",)
+_VOCABULARY_CHUNK = 32768  # as TRL calls its kernel
+
+
+def wit_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    r"""
+    Returns the WIT loss of a batch, a scalar in nats. Reference form, for any training loop: it needs the full logits,
+    which [`WITSFTTrainer`] never builds.
+
+    $$\mathcal{L} = -\frac{1}{N} \sum_{t \,:\, \text{label}_t \neq -100} w_t \log p(x_t \mid x_{<t})$$
+
+    with \\( w_t \\) the weight of token \\( t \\) as a target and \\( N \\) the *number* of tokens with a label, not
+    the sum of their weights ([paper](https://huggingface.co/papers/2507.07817)). Labels and weights are aligned with
+    `input_ids`, as [`DataCollatorForWIT`] returns them: the shift happens in here, and the first token of a row, which
+    nothing predicts, is in neither sum.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T, V)`):
+            Output of the language model.
+        labels (`torch.Tensor` of shape `(B, T)`):
+            Token ids, -100 where a token is no target.
+        token_weights (`torch.Tensor` of shape `(B, T)`):
+            Weight of each token as a target.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Divisor \\( N \\): the number of targets of the whole optimizer step, over all micro-batches and ranks.
+            Defaults to the number of targets in this batch. Without any the loss is a differentiable zero.
+    """
+    labels, token_weights = labels[:, 1:], token_weights[:, 1:]  # (B, T - 1)
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != -100).sum()
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    per_token_loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, T - 1)
+    return (per_token_loss * token_weights).sum() / not_zero(num_items_in_batch)
+
+
+def not_zero(divisor: torch.Tensor | float) -> torch.Tensor:
+    """Returns a divisor, or 1 in the place of 0, where there is nothing to divide."""
+    divisor = torch.as_tensor(divisor)
+    return torch.where(divisor == 0, 1, divisor)
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """
+    Output of [`weighted_linear_cross_entropy`]. The per-token fields carry no gradient and are zero where a token is
+    not scored.
+
+    Args:
+        loss (`torch.Tensor`): Weighted negative log-likelihood over the divisor, a float32 scalar in nats.
+        nll (`torch.Tensor` of shape `(N,)`): Unweighted negative log-likelihood of each target, in nats.
+        entropy (`torch.Tensor` of shape `(N,)`): Entropy of each predicted distribution, in nats.
+        is_top1 (`torch.Tensor` of shape `(N,)`): Whether the target is the most likely token.
+    """
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+
+
+def weighted_linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    scored: torch.Tensor | bool | None = None,
+    token_factors: TokenFactors | None = None,
+    fused_head: str = "auto",
+) -> LinearCrossEntropyOutput:
+    r"""
+    Returns the WIT loss of hidden states under a language-model head, without ever holding the logits of all tokens.
+    Same as
+
+    ```python
+    logits = logit_scale * F.linear(hidden_states, weight, bias).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    if token_factors is not None:
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        token_weights = token_weights * token_factors(nll.detach(), entropy.detach())
+    loss = (token_weights * nll).sum() / num_items_in_batch
+    ```
+
+    The one-pass kernel forms the gradient in the forward pass, since the weights are known beforehand
+    ([`wit_trl.loss.one_pass`]); TRL's kernel computes the logits once more in the backward pass.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(N, H)`):
+            Hidden states, each of which predicts one target.
+        weight (`torch.Tensor` of shape `(V, H)`):
+            Weight of the head.
+        targets (`torch.Tensor` of shape `(N,)`):
+            Token ids. Where a token is not scored, any value.
+        token_weights (`torch.Tensor` of shape `(N,)`):
+            Weight of each target.
+        num_items_in_batch (`torch.Tensor` or `float`, *optional*):
+            Divisor. Defaults to the number of targets whose weight is not zero. 0 means 1.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Bias of the head.
+        logit_scale (`float`, *optional*, defaults to `1.0`):
+            Factor on the logits.
+        softcap (`float`, *optional*):
+            Soft cap of the scaled logits.
+        scored (`torch.Tensor` of shape `(N,)` or `bool`, *optional*):
+            Which targets get per-token outputs, a superset of those whose weight is not zero, which is the default.
+            `True` means all of them, for which the host need not wait for a device.
+        token_factors (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
+            Returns factors for the weights of tokens, from their negative log-likelihoods and entropies, without
+            gradient, in nats. It gets some of the scored tokens at a time, so each factor has to follow from its own
+            token. In float16, factors above 64 may overflow.
+        fused_head (`str`, *optional*, defaults to `"auto"`):
+            Which kernel runs: `"one_pass"`, `"trl"`, or `"auto"`, the first on a CPU and the second elsewhere.
+
+    Raises:
+        `ValueError`: there is no such `fused_head`.
+        `RuntimeError`: the loss is differentiated a second time.
+    """
+    if num_items_in_batch is None:
+        num_items_in_batch = (token_weights != 0).sum()
+    if scored is None:
+        scored = token_weights != 0
+    if fused_head not in FUSED_HEADS:
+        raise ValueError(f"`fused_head` is {fused_head!r}, but must be one of {FUSED_HEADS}.")
+    if fused_head == "auto":
+        fused_head = "one_pass" if hidden_states.device.type in _ONE_PASS_DEVICES else "trl"
+    kernel = one_pass.weighted_nll if fused_head == "one_pass" else _weighted_nll_of_trl
+    factors = None if token_factors is None else functools.partial(_factors_of_copies, token_factors)
+    token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
+    return LinearCrossEntropyOutput(
+        *kernel(hidden_states, weight, bias, targets, token_weights, scored, logit_scale, softcap, factors)
+    )
+
+
+@torch.no_grad()
+def _factors_of_copies(token_factors: TokenFactors, nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    return token_factors(nll.clone(), entropy.clone())
+
+
+def _weighted_nll_of_trl(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    scored: torch.Tensor | bool,
+    logit_scale: float,
+    softcap: float | None,
+    token_factors: TokenFactors | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The same as `one_pass.weighted_nll` by TRL's kernel, which scores every target, with the weights applied to its
+    result. It does not make the host wait for the device.
+    """
+    log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+        hidden_states,
+        weight,
+        bias,
+        targets.clamp(min=0),
+        1.0,  # temperature
+        _VOCABULARY_CHUNK,
+        softcap,
+        logit_scale,
+        ("entropy", "is_top1"),
+    )
+    nll, entropy = -log_probs, entropy.detach()
+    if token_factors is not None:
+        of_scored = slice(None) if scored is True else scored
+        token_weights[of_scored] *= token_factors(nll[of_scored], entropy[of_scored])
+    if isinstance(scored, torch.Tensor):
+        nll, entropy, is_top1 = nll.where(scored, 0), entropy.where(scored, 0), is_top1 & scored
+        token_weights = token_weights.where(scored, 0)
+    return (nll * token_weights).sum(), nll.detach(), entropy, is_top1

@@ -1,0 +1,220 @@
+"""
+From a model's hidden states to the loss: TRL's fused LM head, with the weights of a batch and a kernel that takes them.
+
+The flow of a call of `weighted_forward`:
+
+1. The kernel gets the weights of the batch, for this call and this thread (`_upstream.use_kernel`).
+2. TRL's forward runs the backbone.
+3. It asks the model for its head. Where FSDP keeps the head in a group of its own, it is gathered here.
+4. It hands hidden states, head and targets to the kernel, which calls `weighted_linear_cross_entropy`.
+5. TRL shapes what the kernel returns, and we cut off the virtual tokens of prompt learning.
+6. The backward pass frees a gathered head. Without one, or after an exception, it is freed here.
+"""
+
+from types import MethodType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from .._upstream import (
+    FusedCausalLMOutput,
+    current_kernel,
+    dequantized_weight,
+    install_hooks,
+    scores_labelled_rows_alone,
+    trained_copy,
+    use_kernel,
+)
+from .functions import weighted_linear_cross_entropy
+from .one_pass import TokenFactors
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
+    """
+    Prepares a model with TRL's fused LM head for `weighted_forward`.
+
+    A quantized model gets a plain head, frozen, in the dtype of the model: the fused head multiplies by the head's
+    weight itself, and that of a quantized head is packed. TRL's own loss of an 8-bit head is wrong without an error.
+
+    Raises:
+        `ValueError`: the model is an encoder-decoder; an adapter wraps the embeddings that the head shares.
+    """
+    install_hooks()
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"`{type(model).__name__}` is an encoder-decoder, which has no prompt in the sequence that it predicts. "
+            "Pass a causal language model."
+        )
+    causal_lm: Any = model
+    if is_peft_model(model):
+        from peft.utils.other import TrainableTokensWrapper
+
+        causal_lm = model.get_base_model()
+        if isinstance(causal_lm.get_output_embeddings(), TrainableTokensWrapper):
+            raise ValueError(
+                "`trainable_token_indices` is not supported for a model whose LM head shares the weight of its "
+                "embeddings: the head would need the trained rows, and its bias cannot be told. Remove it from the "
+                "PEFT configuration (it is also set where `chat_template_path` names a model whose template adds "
+                "tokens: pass a `.jinja` file of the template instead), or train without an adapter."
+            )
+    if getattr(model, "is_quantized", False):
+        head = model.get_output_embeddings()
+        weight = dequantized_weight(head)
+        if weight is not head.weight:
+            plain = torch.nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+            plain.weight = torch.nn.Parameter(weight.detach().to(model.dtype), requires_grad=False)
+            plain.bias = head.bias
+            model.set_output_embeddings(plain)
+    causal_lm.get_output_embeddings = MethodType(_get_output_embeddings, causal_lm)
+
+
+def weighted_forward(
+    model: torch.nn.Module,
+    inputs: dict[str, Any],
+    token_weights: torch.Tensor,
+    num_items_in_batch: torch.Tensor | float,
+    token_factors: TokenFactors | None = None,
+    fused_head: str = "auto",
+) -> tuple[FusedCausalLMOutput, torch.Tensor]:
+    """
+    Calls a model that has TRL's fused LM head and weighs what it returns, without building the logits.
+
+    Returns the output of TRL, with `loss` the weighted sum over the divisor, a scalar in nats, and the unweighted
+    negative log-likelihood of each target, in nats and without gradient. All per-token fields are `(B, T - 1)`, or
+    `(B, T)` with `"shift_labels"`. None of them has a gradient. The `log_probs` are none: they carry the loss.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model prepared by [`~trl.trainer.utils.add_fused_lm_head`] and `prepare_lm_head`, then wrapped in any way.
+        inputs (`dict[str, Any]`):
+            Arguments of its forward. `"labels"` is -100 where a token is not scored. `"shift_labels"`, if there are
+            any, stand for the labels: at the position that predicts the token.
+        token_weights (`torch.Tensor` of shape `(B, T)`):
+            Weight of each token as a target, 0 where it is not scored, at the position of its label.
+        num_items_in_batch (`torch.Tensor` or `float`), token_factors (`Callable`, *optional*), fused_head (`str`,
+        *optional*, defaults to `"auto"`):
+            As in [`weighted_linear_cross_entropy`].
+    """
+    if "shift_labels" in inputs:
+        scored = inputs["shift_labels"] != -100
+    else:
+        labels = inputs["labels"].clone()
+        labels[:, 0] = -100  # which nothing predicts, unless prompt learning puts virtual tokens in front
+        inputs = {**inputs, "labels": labels}
+        scored, token_weights = labels[:, 1:] != -100, token_weights[:, 1:]
+    kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors, fused_head)
+    try:
+        with use_kernel(kernel):
+            outputs = model(**inputs, fused_lm_head=True)
+    except BaseException:
+        kernel.free_head()
+        raise
+    if not torch.is_grad_enabled():
+        kernel.free_head()
+    if not kernel.has_run:
+        raise RuntimeError(
+            "TRL's fused LM head ran another kernel than the one with the weights: it was called in another thread, or "
+            "this version of TRL chooses its kernel in another way. Launch a process for each device with `accelerate "
+            "launch`, and see docs/versions.md for the versions that were run."
+        )
+    for name in ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask"):
+        outputs[name] = outputs[name][:, -scored.size(1) :]  # without virtual tokens
+    outputs["loss"] = -outputs.log_probs.sum()
+    return outputs, outputs.mean_logits
+
+
+class _WeightedKernel:
+    """
+    Stands for the kernel of TRL's fused LM head, [`~trl.kernels.ChunkedLogProbFunction`], in one call of the head.
+
+    Args:
+        token_weights (`torch.Tensor` of shape `(B, T)`): Weight of each target.
+        scored (`torch.Tensor` of shape `(B, T)`): Whether the target has a label.
+        num_items_in_batch, token_factors, fused_head: As in [`weighted_linear_cross_entropy`].
+    """
+
+    def __init__(
+        self,
+        token_weights: torch.Tensor,
+        scored: torch.Tensor,
+        num_items_in_batch: torch.Tensor | float,
+        token_factors: TokenFactors | None,
+        fused_head: str,
+    ):
+        self._token_weights, self._scored = token_weights, scored
+        self._num_items_in_batch, self._token_factors, self._fused_head = num_items_in_batch, token_factors, fused_head
+        self._gathered_head: FSDPModule | None = None
+        self.has_run = False
+
+    @torch.compiler.disable
+    def __call__(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        self.has_run = True
+        device = hidden_states.device
+        token_weights, scored = self._token_weights.to(device), self._scored.to(device)
+        divisor = torch.as_tensor(self._num_items_in_batch, device=device)
+        is_compact = scores_labelled_rows_alone(device)
+        if is_compact:  # their number is known, so the host need not wait until they are found
+            labelled = scored.reshape(-1).byte().argsort(descending=True, stable=True)[: len(targets)]
+            token_weights, scored = token_weights.reshape(-1)[labelled], scored.reshape(-1)[labelled]
+        else:  # all rows, also those of the virtual tokens that prompt learning puts in front
+            virtual = len(targets) // len(scored) - scored.size(1)
+            token_weights, scored = (F.pad(x, (virtual, 0)).reshape(-1) for x in (token_weights, scored))
+        loss, nll, entropy, is_top1 = weighted_linear_cross_entropy(
+            *(hidden_states, weight, targets, token_weights, divisor),
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            scored=is_compact or scored,
+            token_factors=self._token_factors,
+            fused_head=self._fused_head,
+        )
+        # The first scored token carries the loss and its gradient. TRL masks those that are not scored.
+        log_probs = torch.where(scored & (scored.cumsum(0) == 1), -loss, 0)
+        # In the place of the mean logits, which nobody asked for, TRL shapes the nll like the others
+        return log_probs, entropy, None, nll, is_top1
+
+    def gather_head(self, head: Any) -> Any:
+        """
+        Returns the head, or what has its weight and bias, where FSDP keeps it in a group of its own. Nothing else
+        gathers it, because TRL never calls it, and the gradient of a weight that TRL gathers by itself is not reduced
+        over the ranks.
+        """
+        if isinstance(head, FSDPModule):
+            head.unshard()
+            self._gathered_head = head
+        elif isinstance(head, FullyShardedDataParallel):
+            # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
+            head.module.forward = MethodType(_forward_or_parameters, head.module)
+            weight, bias = head()
+            return SimpleNamespace(weight=weight, bias=bias)
+        return head
+
+    def free_head(self) -> None:
+        """Frees what was gathered, where no backward pass will."""
+        if self._gathered_head is not None:
+            self._gathered_head.reshard()
+
+
+def _get_output_embeddings(self: PreTrainedModel) -> Any:
+    """Stands for the method of the model: in `weighted_forward` it returns a head that is whole."""
+    head: Any = type(self).get_output_embeddings(self)
+    kernel = current_kernel()
+    if not isinstance(kernel, _WeightedKernel):
+        return head
+    # FSDP1 wraps the copy that PEFT trains, FSDP2 the whole
+    return kernel.gather_head(head if isinstance(head, FSDPModule) else trained_copy(head))
+
+
+def _forward_or_parameters(self: torch.nn.Linear, *args: torch.Tensor) -> Any:
+    """Stands for the forward of a head under FSDP1: without hidden states it returns copies of weight and bias."""
+    if args:
+        return type(self).forward(self, *args)
+    return self.weight.clone(), None if self.bias is None else self.bias.clone()

@@ -1,0 +1,205 @@
+"""A worker of `wit-trl sweep`: it runs trials until none is left, and reports."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from filelock import FileLock
+from optuna import Trial
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.progress import Progress
+
+from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
+from .metrics import TASK_METRIC
+from .pairs import BASELINE, name_of
+from .report import html_page, plot, show
+from .results import SweepResults
+from .study import SweepStudy, TrialSettings
+
+
+if TYPE_CHECKING:
+    from .command import SweepArguments
+
+# After it, every engine evaluates; and it tells whether the memory suffices
+_ONE_IDLE_STEP = {
+    "learning_rate": 0.0,
+    "max_steps": 1,
+    "lr_scheduler_type": "constant",
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+}
+_LOG_LINES = 25  # of a trial that failed
+_POLL_SECONDS = 2
+
+
+def save_embedded(folder: Path) -> None:
+    """Saves the embedded data set and model."""
+    dataset = load_stdlib_functions()
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, rows in dataset.items():
+        rows.to_parquet(folder / "data" / f"{split}.parquet")
+    save_embedded_model(train_embedded_tokenizer(dataset), folder / "model")
+
+
+def train(config: dict[str, Any], folder: Path) -> str | None:
+    """Trains in processes of its own. Returns `None` once there is a result, or the end of the log if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    config = config | {"output_dir": str(folder), "sweep_process": os.getpid()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    command = [sys.executable, "-m", "wit_trl.sweep.trial_launcher", "--config", str(folder / "config.yaml")]
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        # In a session of its own, which Ctrl-C does not reach
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.kill()  # the training ends with its launcher
+            raise
+    if status == 0 and (folder / "result.json").exists():
+        return None
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([*lines[-_LOG_LINES:], f"It ended with the status {status}."])
+
+
+class SweepWorker:
+    """
+    A worker of a sweep. Several may work in one folder.
+
+    Args:
+        sweep ([`SweepArguments`]):
+            What is searched.
+        config (`dict`):
+            What all trials have in common, as a YAML file for `wit-trl sft` holds it.
+        is_embedded (`bool`):
+            Whether they train the embedded default, which is saved first.
+    """
+
+    def __init__(self, sweep: "SweepArguments", config: dict[str, Any], is_embedded: bool):
+        self.sweep, self.config, self.is_embedded = sweep, config, is_embedded
+        self.folder, self.console = Path(config["output_dir"]), Console()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        measured = {
+            "other_sets": sweep.eval_dataset,
+            "retention_prompts": sweep.retention_prompts,
+            "lm_eval_tasks": sweep.lm_eval_tasks,
+        }
+        # Neither where it is nor how it is read
+        apart = {"output_dir", "greater_is_better"} | ({"model_name_or_path", "dataset_name"} if is_embedded else set())
+        settings = {name: value for name, value in (config | measured).items() if name not in apart}
+        self.study = SweepStudy(self.folder, sweep.storage, settings)
+        # Each training has a port of its own, since several workers may share a machine
+        self._config_of_trials = {"print_weight_report": False, "main_process_port": 0, **config, **measured}
+        self._config_of_trials["base_folder"] = str(self.folder / "base")
+        self._config_of_trials["save_model"] = sweep.keep != "none"
+        if ":" in sweep.metric:
+            self._config_of_trials["metric_function"] = sweep.metric
+
+    def prepare(self) -> None:
+        """
+        Measures the model before training, writes what it answers, and prepares the data for all trials. The first
+        worker does it, while the others wait.
+
+        Raises:
+            `ValueError`: it failed, as every trial would.
+        """
+        base = self.folder / "base"
+        with FileLock(self.folder / "base.lock"):
+            if (base / "result.json").exists():
+                return
+            if self.is_embedded:
+                save_embedded(self.folder / "embedded")
+            self.console.print("Measuring the model before any training ...")
+            config = self._config_of_trials | TrialSettings(BASELINE, self.sweep.seeds[0]).as_config() | _ONE_IDLE_STEP
+            config.pop("lr_scheduler_kwargs", None)
+            if error := train(config, base):
+                raise ValueError(f"The model cannot be measured. The end of {base / 'log.txt'}:\n{error}")
+
+    def work(self) -> None:
+        """Runs trials until none is left, here or in other workers."""
+        self.study.add(TrialSettings(pair, seed) for seed in self.sweep.seeds for pair in self.sweep.all_pairs())
+        with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
+            bar = progress.add_task("")
+            while True:
+                trial = self.study.take()
+                states = Counter(trial.state for trial in self.study.trials)
+                done, running, left = (
+                    states[state] for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+                )
+                counts = f"{done} done, {running} running, {left} left"
+                progress.update(bar, description=counts, completed=done, total=done + running + left)
+                if trial is not None:
+                    self._run(trial, counts)
+                elif running or left:
+                    time.sleep(_POLL_SECONDS)
+                else:
+                    return
+
+    def _run(self, trial: Trial, counts: str) -> None:
+        settings, folder, start = TrialSettings.of(trial), self.study.folder_of(trial), time.monotonic()
+        name = f"ratio {name_of(settings.pair)}, seed {settings.seed}"
+        self.console.print(f"{counts}: {name} ...")
+        error = train(self._config_of_trials | settings.as_config(), folder)
+        seconds = round(time.monotonic() - start, 1)
+        if self.sweep.keep != "all":
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        if error is not None:
+            self.study.tell(trial, None, seconds=seconds, error=error)
+            self.console.print(f"{name} failed. The end of {folder / 'log.txt'}:\n{error}", markup=False)
+            return
+        loss = json.loads((folder / "result.json").read_text(encoding="utf-8"))["metrics"][TASK_METRIC]
+        self.study.tell(trial, loss, seconds=seconds)
+        self.console.print(f"{name}: {TASK_METRIC} {loss:.4f}, {seconds:.0f} s")
+        results = self.results()
+        self._drop_models(results, {results.best_of(pair).number for pair in results.pairs})
+
+    def results(self) -> SweepResults:
+        """Returns what was measured so far."""
+        clips = self.config.get("max_grad_norm", 1.0) > 0
+        return SweepResults(self.study, self.sweep.metric, self.config.get("greater_is_better"), clips)
+
+    def _drop_models(self, results: SweepResults, kept: Collection[int]) -> None:
+        """Removes the models of other trials than those of these numbers, unless all are kept."""
+        for trial in results.done:
+            if self.sweep.keep != "all" and trial.number not in kept:
+                shutil.rmtree(trial.folder / "model", ignore_errors=True)
+
+    def report(self) -> None:
+        """Prints what was found, and writes it to files in the folder."""
+        results = self.results()
+        self._drop_models(results, {results.best.number})
+        show(self.console, results)
+        best = self.config | results.best.settings.as_config() | {"output_dir": str(self.folder / "best")}
+        if not best.get("load_best_model_at_end"):
+            best["eval_strategy"] = "epoch"  # also after the last step
+        image, conclusion = plot(results), results.sentences()[0]
+        heading = f"model: {best['model_name_or_path']}\ndata set: {best.get('dataset_name', 'a mixture')}"
+        lines = [json.dumps(trial.as_json(), ensure_ascii=False) + "\n" for trial in results.trials]
+        contents = {
+            "sweep.jsonl": "".join(lines).encode(),
+            "best.yaml": f"# {conclusion}\n{yaml.safe_dump(best, sort_keys=False, allow_unicode=True)}".encode(),
+            "sweep.png": image,
+            "sweep.html": html_page(results, heading, image).encode(),
+        }
+        for name, content in contents.items():  # whole at any time, also where another worker writes the same
+            part = self.folder / f"{name}.{os.getpid()}.part"
+            part.write_bytes(content)
+            part.replace(self.folder / name)
+        self.console.print(f"Written to {self.folder}: {', '.join(contents)}", soft_wrap=True)
+        if (model := results.best.folder / "model").exists():
+            self.console.print(f"The best model: {model}", soft_wrap=True)
+        else:
+            self.console.print(
+                f"To train the best model: wit-trl sft --config {self.folder / 'best.yaml'}", soft_wrap=True
+            )

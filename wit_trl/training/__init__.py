@@ -1,0 +1,1 @@
+"""What the trainer is made of: metrics, parallelism, checkpoints, the model card."""

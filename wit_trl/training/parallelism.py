@@ -1,0 +1,143 @@
+"""
+Training that splits each sequence over ranks: DeepSpeed's sequence parallelism (Ulysses) and torch's context
+parallelism. `ParallelMixin` has all that the trainer does otherwise there.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_peft_model
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .._upstream import restart
+from ..data.collator import DataCollatorForWIT
+
+
+PACKED_MESSAGE = (
+    "Packing and padding-free batches are not supported under sequence or context parallelism: it drops the attention "
+    "mask, so documents would attend to each other. Set `packing`, `eval_packing` and `padding_free` to False, or "
+    "`sp_size` and `cp_size` to 1."
+)
+# What belongs to targets, and its value where there is none
+_TARGETS = {"token_weights": 0, "completion_mask": -100}
+
+
+class ParallelMixin(Trainer):
+    """
+    What [`WITSFTTrainer`] does otherwise where ranks share a sequence.
+
+    The weights and regions of targets are moved and split as the labels are, and the loss is scaled so that its
+    gradient is that of one process. The data loader of DeepSpeed starts each epoch in the order of that epoch.
+    """
+
+    def prepare_parallelism(self) -> None:
+        """
+        Checks the arguments, and has the collator pad to what the ranks can share.
+
+        Raises:
+            `ValueError`: something would be wrong without an error.
+        """
+        splits = self.splits_sequences()
+        if (splits or self.get_tp_size() > 1) and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "`average_tokens_across_devices=False` is not supported where ranks share or repeat a sequence "
+                "(tensor, context, sequence parallelism), which would then weigh it differently. Set it to True."
+            )
+        if not splits:
+            return
+        if self._is_vision_dataset:
+            raise ValueError(
+                "Data with images is not supported under sequence or context parallelism: the tokens of an image would "
+                "be split, but not its pixels. Set `sp_size` and `cp_size` to 1."
+            )
+        if self.args.packing or self.args.eval_packing or self.args.padding_free:
+            raise ValueError(PACKED_MESSAGE)
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "Prompt learning is not supported under sequence or context parallelism: every part of a sequence "
+                "would get the virtual tokens. Use LoRA, or set `sp_size` and `cp_size` to 1."
+            )
+        if is_deepspeed_zero3_enabled():
+            zero_config = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            if not zero_config.get("reduce_scatter", True):
+                raise ValueError(
+                    "`reduce_scatter: false` is not supported under sequence parallelism: ZeRO-3 would then scale the "
+                    "gradients of small and large parameters differently. Remove it from the DeepSpeed configuration."
+                )
+        if isinstance(self.data_collator, DataCollatorForWIT):  # so that all ranks get as many tokens
+            parts = self.get_sp_size() if self.get_cp_size() == 1 else 2 * self.get_cp_size()
+            self.data_collator.pad_to_multiple_of = math.lcm(self.data_collator.pad_to_multiple_of or 1, parts)
+
+    def splits_sequences(self) -> bool:
+        """Returns whether several ranks share a sequence."""
+        return self.get_sp_size() > 1 or self.get_cp_size() > 1
+
+    def scale_gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the loss with the gradient that the engine expects. The logged loss is the mean over all ranks, and so
+        is the gradient in ZeRO-3. In its other stages, DeepSpeed divides the sum of the gradients by the number of
+        ranks over `sp_size`.
+        """
+        if self.get_sp_size() == 1 or is_deepspeed_zero3_enabled():
+            return loss
+        return loss.detach() + (loss - loss.detach()) / self.get_sp_size()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns the data loader. DeepSpeed's splits the sequences and moves the labels, so we move the rest first."""
+        if self.get_sp_size() == 1:
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        self.data_collator = functools.partial(_collate_shifted, collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.get_sp_size() > 1:
+            restart(kwargs["train_dataloader"], kwargs["epoch"])
+        return super()._run_epoch(**kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        if self.get_sp_size() == 1:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # `Trainer` looks for `labels`, of which DeepSpeed leaves `shift_labels`, and divides the sum over all ranks by
+        # `sp_size`, as if those that share a sequence held the same tokens
+        batch_samples = [{"labels": batch["shift_labels"], **batch} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device) * self.get_sp_size()
+
+    def _prepare_context_parallel_inputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Callable, dict[str, Any]]:
+        if self.get_cp_size() == 1:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        context, inputs = super()._prepare_context_parallel_inputs(model, _shift_targets(inputs))
+        # The context in which `Trainer` splits the sequences, in place, with weights and regions split as well
+        buffers = [*context.keywords["buffers"], *(inputs[name] for name in _TARGETS if name in inputs)]
+        context = functools.partial(
+            context, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
+        )
+        return context, inputs
+
+
+def _shift_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """
+    Returns the batch with weights and regions at the position that predicts the token, where labels are moved to
+    (`shift_labels`), before the sequences are split: the target of the last token of a part is in another part.
+    """
+    shifted = {
+        name: F.pad(batch[name], (0, 1), value=fill)[:, 1:].contiguous()
+        for name, fill in _TARGETS.items()
+        if name in batch
+    }
+    return {**batch, **shifted}
+
+
+def _collate_shifted(collator: Callable, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    return _shift_targets(collator(examples))
