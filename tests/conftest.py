@@ -152,6 +152,15 @@ def prompt_completion():
 
 
 @pytest.fixture
+def rows(prompt_completion, tokenizer):
+    """Eleven rows of uneven lengths and uneven shares of completion, cut at 64 tokens."""
+    rows = [tokenize(tokenizer, row) for row in prompt_completion.select(range(11))]
+    rows = [{key: value[:64] for key, value in row.items()} for row in rows]
+    assert len({len(row["input_ids"]) for row in rows}) > 5
+    return rows
+
+
+@pytest.fixture
 def jsonl(prompt_completion, tmp_path):
     prompt_completion.to_json(tmp_path / "data.jsonl")
     return tmp_path / "data.jsonl"
