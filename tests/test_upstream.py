@@ -230,12 +230,11 @@ def test_every_name_from_elsewhere_is_in_the_table():
 
 
 def test_kernel_is_used_by_its_own_thread_alone():
-    _upstream.install_hooks()
-    hook = trl.trainer.utils._ChunkedLogProbFunction
     inputs = (torch.randn(3, 4), torch.randn(5, 4), None, torch.tensor([1, 2, 3]), 1.0, 32768, None, 1.0, ())
     expected = ChunkedLogProbFunction.apply(*inputs)[0]
     elsewhere = []
     with _upstream.use_kernel(lambda *args: "ours"):
+        hook = trl.trainer.utils._ChunkedLogProbFunction
         assert hook.apply(*inputs) == "ours"
         thread = threading.Thread(target=lambda: elsewhere.append(hook.apply(*inputs)[0]))
         thread.start()
@@ -247,4 +246,4 @@ def test_kernel_is_used_by_its_own_thread_alone():
 def test_kernel_is_given_back_after_an_error():
     with pytest.raises(RuntimeError, match="stop"), _upstream.use_kernel(print):
         raise RuntimeError("stop")
-    assert _upstream.current_kernel() is None
+    assert _upstream._kernel.get() is None

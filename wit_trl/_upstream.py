@@ -3,7 +3,9 @@ Everything private of other packages that training relies on. Each entry says wh
 not do, and when it can go. `tests/test_upstream.py` holds the signature and the source of each: when a release moves
 one, the test names it, and what stands here has to be read again.
 
-Hooks are installed once. They do nothing for anyone who did not ask for them in the same thread.
+Two functions of other packages are replaced by hooks, each when it is first needed: the kernel of TRL's LM head, where
+the one-pass head runs, and the skipping of batches, under DeepSpeed's sequence parallelism. Elsewhere a hook does what
+the function did, also in another thread.
 
 Private methods that are overridden stand where they belong:
 - `WITSFTTrainer`: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_reject_skip_prepare_without_labels` of
@@ -31,42 +33,32 @@ from trl.data_utils import _tokenize as tokenize_messages
 from trl.data_utils import common_prefix_length, get_dataset_column_names
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first
-from trl.trainer.utils import _use_triton as scores_labelled_rows_alone
 
 
 __all__ = [
     "TRAINER_STATE_NAME",
-    "ChunkedLogProbFunction",
     "FusedCausalLMOutput",
     "common_prefix_length",
-    "current_kernel",
     "dequantized_weight",
     "get_config_model_id",
     "get_dataset_column_names",
     "global_then_local_main_first",
-    "install_hooks",
     "keep_gradient_of_4bit_weights",
     "record_replacements",
     "restart",
-    "scores_labelled_rows_alone",
     "sort_checkpoints",
     "tokenize_messages",
     "trained_copy",
     "use_kernel",
 ]
 
-# TRL. `FusedCausalLMOutput`: what a model with TRL's fused LM head returns. `scores_labelled_rows_alone`: whether the
-#   head hands the rows that have a label to its kernel on a device, else all rows; nothing public tells.
-#   `ChunkedLogProbFunction`: the kernel. All three can go when TRL's head takes weights, or another kernel
-#   (huggingface/trl#6746 proposes the weights).
+# TRL. `FusedCausalLMOutput`: the type that a model with TRL's fused LM head returns.
 # TRL. `tokenize_messages`, `common_prefix_length`, `get_dataset_column_names`, `get_config_model_id` and
 #   `global_then_local_main_first`: the same tokens, names and order of the ranks as in TRL. Helpers of TRL's own
 #   trainers; written anew they would part from them.
 # transformers. `TRAINER_STATE_NAME` and `sort_checkpoints`: which checkpoint is whole. `get_last_checkpoint`, the
 #   public way, takes one whose saving was cut off.
 
-
-_PEFT_IS_AVAILABLE = is_peft_available()  # torch.compile warns where it traces a cached function
 
 Kernel = Callable[..., tuple[torch.Tensor | None, ...]]
 _kernel: ContextVar[Kernel | None] = ContextVar("wit_trl_kernel", default=None)
@@ -75,7 +67,7 @@ _kernel: ContextVar[Kernel | None] = ContextVar("wit_trl_kernel", default=None)
 class _KernelHook:
     """
     Stands for TRL's kernel in the forward of its fused LM head, which has no argument for one. Runs the kernel of
-    `use_kernel`, and TRL's where there is none.
+    `use_kernel`, and TRL's where there is none. Can go when TRL's head takes another kernel.
     """
 
     @staticmethod
@@ -85,17 +77,13 @@ class _KernelHook:
 
 @contextmanager
 def use_kernel(kernel: Kernel) -> Iterator[None]:
-    """Has TRL's fused LM head call this kernel, in this thread alone."""
+    """Has TRL's fused LM head call this kernel, in this thread alone. The first call installs the hook."""
+    trl.trainer.utils._ChunkedLogProbFunction = _KernelHook
     token = _kernel.set(kernel)
     try:
         yield
     finally:
         _kernel.reset(token)
-
-
-def current_kernel() -> Kernel | None:
-    """Returns the kernel of `use_kernel` in this thread."""
-    return _kernel.get()
 
 
 def _skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
@@ -110,17 +98,12 @@ def _skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
     return dataloader
 
 
-def install_hooks() -> None:
-    """Installs the hooks. Calling it again changes nothing."""
-    trl.trainer.utils._ChunkedLogProbFunction = _KernelHook
-    transformers.trainer.skip_first_batches = _skip_first_batches
-
-
 def restart(loader: Any, epoch: int) -> None:
     """
     Starts an epoch of DeepSpeed's data loader for sequence parallelism. It has no epochs: it would go on behind the end
     of the last one, in which `Trainer` would lose a step, and in its order. Can go when it is one.
     """
+    transformers.trainer.skip_first_batches = _skip_first_batches
     loader.dl.set_epoch(epoch)
     loader.iter = iter(loader.dl)
     loader.micro_batches.clear()
@@ -162,7 +145,7 @@ def dequantized_weight(module: torch.nn.Module) -> torch.nn.Parameter:
 
 def trained_copy(module: torch.nn.Module) -> torch.nn.Module:
     """Returns the copy of a module that PEFT trains (`modules_to_save`), or the module. PEFT has no function for it."""
-    if _PEFT_IS_AVAILABLE:
+    if is_peft_available():
         from peft.utils import ModulesToSaveWrapper
 
         if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters:

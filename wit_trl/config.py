@@ -16,6 +16,7 @@ from ._upstream import get_config_model_id
 from .data.collator import DataCollatorForWIT
 from .data.vision_collator import DataCollatorForVisionLanguageWIT
 from .loss.functions import FUSED_HEADS
+from .loss.token_factors import TOKEN_FACTORS
 from .weights import StructureWeights
 
 
@@ -102,7 +103,7 @@ class WITSFTConfig(SFTConfig):
         metadata={
             "help": "Factor for the loss of each token in training: none (nll, or wit, another name of it), or its own "
             "probability (dft, Dynamic Fine-Tuning, https://huggingface.co/papers/2508.05629).",
-            "choices": ["nll", "wit", "dft", "chunked_nll"],
+            "choices": [*TOKEN_FACTORS, "chunked_nll"],  # TRL's old name of nll
         },
     )
     loss_divisor: str = field(

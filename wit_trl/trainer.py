@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from .data.preparation import DataPreparation, check_train_dataset
 from .data.training_rows import TrainingRows, check_image_rows, pack, select_training_rows
 from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
 from .loss.lm_head import prepare_lm_head, weighted_forward
+from .loss.token_factors import TOKEN_FACTORS, NamedFactors
 from .report.weight_report import WeightReport, print_report, weigh
 from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
 from .training.metrics import EvaluationSums, TrainingSums, loss_terms
@@ -188,9 +190,8 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         """
         dataset, weights = self.train_dataset, loss_weights(self.args, self.data_collator)
         settings: dict[str, Any] = {"structure": self.args.structure_weights, "loss_divisor": self.args.loss_divisor}
-        if self._has_token_factors():
-            name = f"{type(self).__name__}.token_factors"
-            settings["token_factors"] = name if self._has_own_token_factors() else "its probability (dft)"
+        if factors := self._factors_in_use():
+            settings["token_factors"] = factors.meaning
         if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
             rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
             partial = not isinstance(dataset, Dataset) or len(rows) < len(dataset)
@@ -242,9 +243,11 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         if not self.model.training:  # score both regions, whatever their weights
             inputs["labels"] = inputs["input_ids"].masked_fill(completion_mask == -100, -100)
         divisor = self._divisor(token_weights, num_items_in_batch)
-        factors = self.token_factors if self.model.training and self._has_token_factors() else None
+        factors = self._factors_in_use() if self.model.training else None
+        function = None if factors is None else factors.function
         with explain_cut_images(self.args.max_length):
-            outputs, nll = weighted_forward(model, inputs, token_weights, divisor, factors, self.args.fused_head)
+            outputs = weighted_forward(model, inputs, token_weights, divisor, function, self.args.fused_head)
+        nll = -outputs.log_probs  # (B, T - 1), without gradient
 
         loss = outputs.loss
         if self.aux_loss_enabled:  # a mean over the micro-batch, as in TRL
@@ -259,18 +262,17 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             self._train_sums.add(terms, num_tokens, outputs.aux_loss if self.aux_loss_enabled else None)
         else:
-            unchanged = loss if self._is_overridden() else None
-            self._eval_sums.add(terms, example_lengths, unchanged, outputs.aux_loss if self.aux_loss_enabled else None)
+            own = loss if self._overrides("compute_loss", "prediction_step") else None
+            self._eval_sums.add(terms, example_lengths, own, outputs.aux_loss if self.aux_loss_enabled else None)
 
         if return_outputs:  # the logits, for `compute_metrics`
             with torch.no_grad():
                 outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         return (loss, outputs) if return_outputs else loss
 
-    def _is_overridden(self) -> bool:
-        """Whether another loss may be evaluated than `compute_loss` returns here."""
-        found = [getattr(method, "__func__", None) for method in (self.compute_loss, self.prediction_step)]
-        return found != [WITSFTTrainer.compute_loss, SFTTrainer.prediction_step]
+    def _overrides(self, *names: str) -> bool:
+        """Returns whether one of these methods is another than that of this class: of a subclass, or set on `self`."""
+        return any(getattr(self, name) != MethodType(getattr(WITSFTTrainer, name), self) for name in names)
 
     def token_factors(self, nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """
@@ -288,13 +290,14 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             entropy (`torch.Tensor` of shape `(N,)`):
                 Entropy of the prediction, in nats.
         """
-        return torch.exp(-nll) if self.args.loss_type == "dft" else torch.ones_like(nll)
+        factors = TOKEN_FACTORS[self.args.loss_type]
+        return torch.ones_like(nll) if factors is None else factors.function(nll, entropy)
 
-    def _has_token_factors(self) -> bool:
-        return self.args.loss_type == "dft" or self._has_own_token_factors()
-
-    def _has_own_token_factors(self) -> bool:
-        return getattr(self.token_factors, "__func__", None) is not WITSFTTrainer.token_factors
+    def _factors_in_use(self) -> NamedFactors | None:
+        """Returns what multiplies the loss of each token in training, `None` where nothing is to be computed."""
+        if self._overrides("token_factors"):
+            return NamedFactors(f"{type(self).__name__}.token_factors", self.token_factors)
+        return TOKEN_FACTORS[self.args.loss_type]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         count = super()._get_num_items_in_batch(batch_samples, device)

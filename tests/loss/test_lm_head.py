@@ -16,7 +16,7 @@ def test_sum_of_weighted_log_probs_has_the_gradient_of_trl():
     weights = torch.tensor([[0.0, 0.2, 0.8, 0.0], [0.0, 0.0, 0.8, 0.2]])
     targets = torch.randint(11, (6,))
     results = []
-    for kernel in (_WeightedKernel(weights[:, 1:], weights[:, 1:] != 0, 2, None, "auto"), ChunkedLogProbFunction.apply):
+    for kernel in (_WeightedKernel(weights[:, 1:], weights[:, 1:] != 0, 2, None), ChunkedLogProbFunction.apply):
         torch.manual_seed(1)
         hidden_states, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
         log_probs, entropy, _, _, is_top1 = kernel(
@@ -39,10 +39,11 @@ def test_shift_labels_take_the_weights_of_their_position(head, make_model):
     input_ids = torch.randint(model.config.vocab_size, (2, 7))
     weights = torch.tensor([0.2, 0.8, 0.0])[torch.randint(3, (2, 7))]
     labels = input_ids.masked_fill(weights == 0, -100)
-    outputs, nll = weighted_forward(model, {"input_ids": input_ids, "labels": labels}, weights, 3)
+    outputs = weighted_forward(model, {"input_ids": input_ids, "labels": labels}, weights, 3)
     shift_labels, shifted_weights = F.pad(labels, (0, 1), value=-100)[:, 1:], F.pad(weights, (0, 1))[:, 1:]
     inputs = {"input_ids": input_ids, "shift_labels": shift_labels}
-    shifted_outputs, shifted_nll = weighted_forward(model, inputs, shifted_weights, 3)
+    shifted_outputs = weighted_forward(model, inputs, shifted_weights, 3)
+    nll, shifted_nll = -outputs.log_probs, -shifted_outputs.log_probs
     torch.testing.assert_close(shifted_outputs.loss, outputs.loss)
     torch.testing.assert_close(outputs.loss, (nll * weights[:, 1:]).sum() / 3)
     torch.testing.assert_close(shifted_nll[:, :-1], nll)

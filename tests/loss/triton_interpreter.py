@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from wit_trl import weighted_linear_cross_entropy
 from wit_trl.loss import one_pass, rows
+from wit_trl.loss.params import HeadParams, TokenScores
 
 
 HIDDEN, TOKENS = 16, 4
@@ -145,7 +146,8 @@ def test_evaluation_leaves_the_logits_alone():
     logits = torch.randn(TOKENS, 101)
     before = logits.clone()
     nll, entropy, is_top1 = torch.empty(TOKENS), torch.empty(TOKENS), torch.empty(TOKENS, dtype=torch.bool)
-    rows.score(logits, targets, weights, 1.0, None, None, False, nll, entropy, is_top1)
+    params = HeadParams(targets, weights, True, 1.0, None, None)
+    rows.score(logits, params, TokenScores(nll, entropy, is_top1), False)
     assert torch.equal(logits, before)
 
 

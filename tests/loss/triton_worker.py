@@ -16,7 +16,6 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-import wit_trl.loss.lm_head
 from wit_trl import WITSFTConfig, WITSFTTrainer
 from wit_trl.loss import one_pass
 
@@ -81,7 +80,6 @@ def use_triton_everywhere():
     for module, name in (
         (trl.kernels.chunked_logprob, "_use_triton"),
         (trl.trainer.utils, "_use_triton"),
-        (wit_trl.loss.lm_head, "scores_labelled_rows_alone"),
     ):
         setattr(module, name, lambda device: True)
 

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from trl.kernels import ChunkedLogProbFunction
 
-from .._upstream import ChunkedLogProbFunction
 from . import one_pass
-from .one_pass import TokenFactors
+from .params import HeadParams, TokenScores
+from .token_factors import TokenFactors
 
 
 FUSED_HEADS = ("auto", "one_pass", "trl")
@@ -144,16 +145,44 @@ def weighted_linear_cross_entropy(
         num_items_in_batch = (token_weights != 0).sum()
     if scored is None:
         scored = token_weights != 0
-    if fused_head not in FUSED_HEADS:
-        raise ValueError(f"`fused_head` is {fused_head!r}, but must be one of {FUSED_HEADS}.")
-    if fused_head == "auto":
-        fused_head = "one_pass" if hidden_states.device.type in _ONE_PASS_DEVICES else "trl"
-    kernel = one_pass.weighted_nll if fused_head == "one_pass" else _weighted_nll_of_trl
+    kernel = one_pass.weighted_nll if uses_one_pass(fused_head, hidden_states.device) else _weighted_nll_of_trl
     factors = None if token_factors is None else functools.partial(_factors_of_copies, token_factors)
     token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
-    return LinearCrossEntropyOutput(
-        *kernel(hidden_states, weight, bias, targets, token_weights, scored, logit_scale, softcap, factors)
-    )
+    params = HeadParams(targets, token_weights, scored, logit_scale, softcap, factors)
+    loss, scores = kernel(hidden_states, weight, bias, params)
+    return LinearCrossEntropyOutput(loss, *scores)
+
+
+def uses_one_pass(fused_head: str, device: torch.device) -> bool:
+    """
+    Returns whether the one-pass head runs on a device, else that of TRL.
+
+    Raises:
+        `ValueError`: there is no such `fused_head`.
+    """
+    if fused_head not in FUSED_HEADS:
+        raise ValueError(f"`fused_head` is {fused_head!r}, but must be one of {FUSED_HEADS}.")
+    return device.type in _ONE_PASS_DEVICES if fused_head == "auto" else fused_head == "one_pass"
+
+
+def weighted_sum(
+    nll: torch.Tensor,
+    entropy: torch.Tensor,
+    token_weights: torch.Tensor,
+    scored: torch.Tensor | bool,
+    token_factors: TokenFactors | None,
+) -> torch.Tensor:
+    """
+    Returns the weighted sum of negative log-likelihoods that are known with their gradient. All tensors are of one
+    shape. Where a token is not scored, its weight and its negative log-likelihood are 0.
+    """
+    if token_factors is not None:
+        # Found once, since the host waits for it
+        index = scored.nonzero(as_tuple=True) if isinstance(scored, torch.Tensor) else ...
+        factors = _factors_of_copies(token_factors, nll.detach()[index], entropy.detach()[index])
+        token_weights = token_weights.clone()
+        token_weights[index] *= factors
+    return (nll * token_weights).sum()
 
 
 @torch.no_grad()
@@ -162,36 +191,26 @@ def _factors_of_copies(token_factors: TokenFactors, nll: torch.Tensor, entropy: 
 
 
 def _weighted_nll_of_trl(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    token_weights: torch.Tensor,
-    scored: torch.Tensor | bool,
-    logit_scale: float,
-    softcap: float | None,
-    token_factors: TokenFactors | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, params: HeadParams
+) -> tuple[torch.Tensor, TokenScores]:
     """
     The same as `one_pass.weighted_nll` by TRL's kernel, which scores every target, with the weights applied to its
-    result. It does not make the host wait for the device.
+    result. Without factors, or with all tokens scored, it does not make the host wait for the device.
     """
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         hidden_states,
         weight,
         bias,
-        targets.clamp(min=0),
+        params.targets.clamp(min=0),
         1.0,  # temperature
         _VOCABULARY_CHUNK,
-        softcap,
-        logit_scale,
+        params.softcap,
+        params.logit_scale,
         ("entropy", "is_top1"),
     )
-    nll, entropy = -log_probs, entropy.detach()
-    if token_factors is not None:
-        of_scored = slice(None) if scored is True else scored
-        token_weights[of_scored] *= token_factors(nll[of_scored], entropy[of_scored])
+    nll, entropy, token_weights, scored = -log_probs, entropy.detach(), params.token_weights, params.scored
     if isinstance(scored, torch.Tensor):
-        nll, entropy, is_top1 = nll.where(scored, 0), entropy.where(scored, 0), is_top1 & scored
-        token_weights = token_weights.where(scored, 0)
-    return (nll * token_weights).sum(), nll.detach(), entropy, is_top1
+        nll, entropy, token_weights = (x.where(scored, 0) for x in (nll, entropy, token_weights))
+        is_top1 = is_top1 & scored
+    loss = weighted_sum(nll, entropy, token_weights, scored, params.token_factors)
+    return loss, TokenScores(nll.detach(), entropy, is_top1)

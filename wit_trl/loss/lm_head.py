@@ -1,16 +1,20 @@
 """
-From a model's hidden states to the loss: TRL's fused LM head, with the weights of a batch and a kernel that takes them.
+From a model's hidden states to the loss: TRL's fused LM head, which never holds the logits of all tokens.
 
 The flow of a call of `weighted_forward`:
 
-1. The kernel gets the weights of the batch, for this call and this thread (`_upstream.use_kernel`).
-2. TRL's forward runs the backbone.
-3. It asks the model for its head. Where FSDP keeps the head in a group of its own, it is gathered here.
-4. It hands hidden states, head and targets to the kernel, which calls `weighted_linear_cross_entropy`.
-5. TRL shapes what the kernel returns, and we cut off the virtual tokens of prompt learning.
-6. The backward pass frees a gathered head. Without one, or after an exception, it is freed here.
+1. TRL's forward runs the backbone: `model(..., fused_lm_head=True)`.
+2. It asks the model for its head. Where FSDP keeps the head in a group of its own, it is gathered here.
+3. `"trl"`: TRL's kernel scores the tokens. The weights are applied to the `log_probs` that the model returns.
+   `"one_pass"`: a kernel of ours runs in its place, for this call and this thread (`_upstream.use_kernel`). It has the
+   weights, and returns the weighted loss.
+4. We cut off the virtual tokens of prompt learning.
+5. The backward pass frees a gathered head. Without one, or after an exception, it is freed here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +24,9 @@ from accelerate.utils import is_peft_model
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from .._upstream import (
-    FusedCausalLMOutput,
-    current_kernel,
-    dequantized_weight,
-    install_hooks,
-    scores_labelled_rows_alone,
-    trained_copy,
-    use_kernel,
-)
-from .functions import weighted_linear_cross_entropy
-from .one_pass import TokenFactors
+from .._upstream import FusedCausalLMOutput, dequantized_weight, trained_copy, use_kernel
+from .functions import not_zero, uses_one_pass, weighted_linear_cross_entropy, weighted_sum
+from .token_factors import TokenFactors
 
 
 if TYPE_CHECKING:
@@ -47,7 +43,6 @@ def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
     Raises:
         `ValueError`: the model is an encoder-decoder; an adapter wraps the embeddings that the head shares.
     """
-    install_hooks()
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"`{type(model).__name__}` is an encoder-decoder, which has no prompt in the sequence that it predicts. "
@@ -83,13 +78,12 @@ def weighted_forward(
     num_items_in_batch: torch.Tensor | float,
     token_factors: TokenFactors | None = None,
     fused_head: str = "auto",
-) -> tuple[FusedCausalLMOutput, torch.Tensor]:
+) -> FusedCausalLMOutput:
     """
     Calls a model that has TRL's fused LM head and weighs what it returns, without building the logits.
 
-    Returns the output of TRL, with `loss` the weighted sum over the divisor, a scalar in nats, and the unweighted
-    negative log-likelihood of each target, in nats and without gradient. All per-token fields are `(B, T - 1)`, or
-    `(B, T)` with `"shift_labels"`. None of them has a gradient. The `log_probs` are none: they carry the loss.
+    Returns the output of TRL, with `loss` the weighted sum over the divisor, a scalar in nats. The per-token fields are
+    unweighted, have no gradient, and are `(B, T - 1)`, or `(B, T)` with `"shift_labels"`.
 
     Args:
         model (`torch.nn.Module`):
@@ -110,25 +104,26 @@ def weighted_forward(
         labels[:, 0] = -100  # which nothing predicts, unless prompt learning puts virtual tokens in front
         inputs = {**inputs, "labels": labels}
         scored, token_weights = labels[:, 1:] != -100, token_weights[:, 1:]
-    kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors, fused_head)
-    try:
-        with use_kernel(kernel):
+    if uses_one_pass(fused_head, scored.device):
+        kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors)
+        with _whole_head(), use_kernel(kernel):
             outputs = model(**inputs, fused_lm_head=True)
-    except BaseException:
-        kernel.free_head()
-        raise
-    if not torch.is_grad_enabled():
-        kernel.free_head()
-    if not kernel.has_run:
-        raise RuntimeError(
-            "TRL's fused LM head ran another kernel than the one with the weights: it was called in another thread, or "
-            "this version of TRL chooses its kernel in another way. Launch a process for each device with `accelerate "
-            "launch`, and see docs/versions.md for the versions that were run."
+        kernel.check_that_it_ran()
+        loss, nll = -outputs.log_probs.sum(), outputs.mean_logits[:, -scored.size(1) :]
+    else:
+        with _whole_head():
+            outputs = model(**inputs, fused_lm_head=True)
+        nll = -outputs.log_probs[:, -scored.size(1) :].float()  # FSDP2 casts what a model returns
+        entropy = outputs.entropy[:, -scored.size(1) :].float()
+        token_weights, scored, divisor = (
+            torch.as_tensor(x, device=nll.device) for x in (token_weights, scored, num_items_in_batch)
         )
-    for name in ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask"):
-        outputs[name] = outputs[name][:, -scored.size(1) :]  # without virtual tokens
-    outputs["loss"] = -outputs.log_probs.sum()
-    return outputs, outputs.mean_logits
+        loss = weighted_sum(nll, entropy, token_weights / not_zero(divisor), scored, token_factors)
+    outputs["loss"], outputs["mean_logits"] = loss, None
+    outputs["log_probs"] = -nll.detach()
+    for name in ("entropy", "is_top1", "label_mask"):
+        outputs[name] = outputs[name][:, -scored.size(1) :].detach()  # without virtual tokens
+    return outputs
 
 
 class _WeightedKernel:
@@ -138,7 +133,7 @@ class _WeightedKernel:
     Args:
         token_weights (`torch.Tensor` of shape `(B, T)`): Weight of each target.
         scored (`torch.Tensor` of shape `(B, T)`): Whether the target has a label.
-        num_items_in_batch, token_factors, fused_head: As in [`weighted_linear_cross_entropy`].
+        num_items_in_batch, token_factors: As in [`weighted_linear_cross_entropy`].
     """
 
     def __init__(
@@ -147,24 +142,35 @@ class _WeightedKernel:
         scored: torch.Tensor,
         num_items_in_batch: torch.Tensor | float,
         token_factors: TokenFactors | None,
-        fused_head: str,
     ):
         self._token_weights, self._scored = token_weights, scored
-        self._num_items_in_batch, self._token_factors, self._fused_head = num_items_in_batch, token_factors, fused_head
-        self._gathered_head: FSDPModule | None = None
-        self.has_run = False
+        self._num_items_in_batch, self._token_factors = num_items_in_batch, token_factors
+        self._has_run = False
+
+    def check_that_it_ran(self) -> None:
+        """
+        Raises:
+            `RuntimeError`: the loss of the call is without weights.
+        """
+        if not self._has_run:
+            raise RuntimeError(
+                "TRL's fused LM head ran another kernel than the one with the weights: it was called in another "
+                "thread, or this version of TRL chooses its kernel in another way. Launch a process for each device "
+                "with `accelerate launch`, and see docs/versions.md for the versions that were run."
+            )
 
     @torch.compiler.disable
     def __call__(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        self.has_run = True
+        self._has_run = True
         device = hidden_states.device
         token_weights, scored = self._token_weights.to(device), self._scored.to(device)
         divisor = torch.as_tensor(self._num_items_in_batch, device=device)
-        is_compact = scores_labelled_rows_alone(device)
+        # On a GPU, TRL hands over the rows that have a label alone, else all rows
+        is_compact = len(targets) < scored.numel()
         if is_compact:  # their number is known, so the host need not wait until they are found
             labelled = scored.reshape(-1).byte().argsort(descending=True, stable=True)[: len(targets)]
             token_weights, scored = token_weights.reshape(-1)[labelled], scored.reshape(-1)[labelled]
-        else:  # all rows, also those of the virtual tokens that prompt learning puts in front
+        else:  # also those of the virtual tokens that prompt learning puts in front
             virtual = len(targets) // len(scored) - scored.size(1)
             token_weights, scored = (F.pad(x, (virtual, 0)).reshape(-1) for x in (token_weights, scored))
         loss, nll, entropy, is_top1 = weighted_linear_cross_entropy(
@@ -174,43 +180,52 @@ class _WeightedKernel:
             softcap=softcap,
             scored=is_compact or scored,
             token_factors=self._token_factors,
-            fused_head=self._fused_head,
+            fused_head="one_pass",
         )
         # The first scored token carries the loss and its gradient. TRL masks those that are not scored.
         log_probs = torch.where(scored & (scored.cumsum(0) == 1), -loss, 0)
         # In the place of the mean logits, which nobody asked for, TRL shapes the nll like the others
         return log_probs, entropy, None, nll, is_top1
 
-    def gather_head(self, head: Any) -> Any:
-        """
-        Returns the head, or what has its weight and bias, where FSDP keeps it in a group of its own. Nothing else
-        gathers it, because TRL never calls it, and the gradient of a weight that TRL gathers by itself is not reduced
-        over the ranks.
-        """
-        if isinstance(head, FSDPModule):
-            head.unshard()
-            self._gathered_head = head
-        elif isinstance(head, FullyShardedDataParallel):
-            # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
-            head.module.forward = MethodType(_forward_or_parameters, head.module)
-            weight, bias = head()
-            return SimpleNamespace(weight=weight, bias=bias)
-        return head
 
-    def free_head(self) -> None:
-        """Frees what was gathered, where no backward pass will."""
-        if self._gathered_head is not None:
-            self._gathered_head.reshard()
+# The heads that a call of `weighted_forward` has gathered
+_gathered: ContextVar[list[FSDPModule] | None] = ContextVar("wit_trl_gathered", default=None)
+
+
+@contextmanager
+def _whole_head() -> Iterator[None]:
+    """Has the model return a head that is whole, and frees it where no backward pass will."""
+    heads: list[FSDPModule] = []
+    token = _gathered.set(heads)
+    backward_frees = False
+    try:
+        yield
+        backward_frees = torch.is_grad_enabled()
+    finally:
+        _gathered.reset(token)
+        for head in heads if not backward_frees else ():
+            head.reshard()
 
 
 def _get_output_embeddings(self: PreTrainedModel) -> Any:
-    """Stands for the method of the model: in `weighted_forward` it returns a head that is whole."""
+    """
+    Stands for the method of the model. Where FSDP keeps the head in a group of its own, it returns, in `_whole_head`,
+    the gathered head or what has its weight and bias. Nothing else gathers it, because TRL never calls the head, and
+    the gradient of a weight that TRL gathers by itself is not reduced over the ranks. All other heads TRL reads right.
+    """
     head: Any = type(self).get_output_embeddings(self)
-    kernel = current_kernel()
-    if not isinstance(kernel, _WeightedKernel):
+    heads = _gathered.get()
+    if heads is None:
         return head
-    # FSDP1 wraps the copy that PEFT trains, FSDP2 the whole
-    return kernel.gather_head(head if isinstance(head, FSDPModule) else trained_copy(head))
+    if isinstance(head, FSDPModule):
+        head.unshard()
+        heads.append(head)
+    elif isinstance(copy := trained_copy(head), FullyShardedDataParallel):  # FSDP1 wraps the copy that PEFT trains
+        # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
+        copy.module.forward = MethodType(_forward_or_parameters, copy.module)
+        weight, bias = copy()
+        return SimpleNamespace(weight=weight, bias=bias)
+    return head
 
 
 def _forward_or_parameters(self: torch.nn.Linear, *args: torch.Tensor) -> Any:

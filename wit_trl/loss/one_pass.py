@@ -1,10 +1,12 @@
 """The weighted loss of an LM head and its gradient in one pass, on any device."""
 
+import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .params import HeadParams, TokenScores
 
 
 rows: Any
@@ -12,8 +14,6 @@ try:
     from . import rows
 except ImportError:  # there is no Triton, as on macOS and Windows
     rows = None
-
-TokenFactors = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _TRITON_DEVICES = ("cuda", "xpu")
 # Logits of one chunk of tokens: large chunks need fewer passes over the head and its gradient, but more memory
@@ -30,16 +30,8 @@ _LARGEST_GRADIENT_IN_FLOAT16 = 2**10  # of a logit, before factors of tokens, wh
 
 
 def weighted_nll(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    token_weights: torch.Tensor,
-    scored: torch.Tensor | bool,
-    logit_scale: float,
-    softcap: float | None,
-    token_factors: TokenFactors | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, params: HeadParams
+) -> tuple[torch.Tensor, TokenScores]:
     """
     Returns the weighted sum of the negative log-likelihoods, and of each target its negative log-likelihood, entropy
     and top-1. Arguments as in [`weighted_linear_cross_entropy`].
@@ -57,27 +49,24 @@ def weighted_nll(
     if not torch.is_grad_enabled():  # else a parameter would get a gradient that nobody asks for
         hidden_states, weight = hidden_states.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    index = scored.nonzero().squeeze(1) if isinstance(scored, torch.Tensor) else None
     # Autocast would cast inside each product; the casts below are made once
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-    selected = [hidden_states, targets, token_weights]
-    if index is not None:
-        selected = [values[index] for values in selected]
-    hidden_states, targets_of_index, weights_of_index = selected
+    index, n = None, len(params.targets)
+    if isinstance(params.scored, torch.Tensor):
+        index = params.scored.nonzero().squeeze(1)
+        hidden_states, params = hidden_states[index], params[index]
     with torch.autocast(device, enabled=False):
-        weighted_sum, *per_token = _WeightedNLL.apply(
-            hidden_states, weight, bias, targets_of_index, weights_of_index, logit_scale, softcap, token_factors
-        )
+        loss, *scores = _WeightedNLL.apply(hidden_states, weight, bias, params)
     if index is not None:
-        per_token = [values.new_zeros(len(targets)).index_copy_(0, index, values) for values in per_token]
-    return weighted_sum, *per_token
+        scores = [values.new_zeros(n).index_copy_(0, index, values) for values in scores]
+    return loss, TokenScores(*scores)
 
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, token_weights, logit_scale, softcap, token_factors):
+    def forward(ctx, hidden_states, weight, bias, params):
         ctx.set_materialize_grads(False)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_gradient = needs_hidden or needs_weight or needs_bias
@@ -88,16 +77,18 @@ class _WeightedNLL(torch.autograd.Function):
         count = _chunk_rows(n, pitch * hidden_states.element_size(), uses_triton, needs_weight)
         is_half = torch.float16 in (hidden_states.dtype, weight.dtype)
         in_float32 = n > _MAX_CHUNKS_IN_16_BITS * count or is_half or weight.dtype != hidden_states.dtype
-        token_weights = token_weights.to(torch.float32, copy=True)
+        token_weights = params.token_weights.to(torch.float32, copy=True)  # which the factors multiply in place
+        params = dataclasses.replace(params, token_weights=token_weights)
         ctx.scale = None
         if hidden_states.dtype == torch.float16:
-            largest = torch.cat([token_weights.abs(), token_weights.new_full((1,), 1e-30)]).max() * abs(logit_scale)
+            scale = abs(params.logit_scale)
+            largest = torch.cat([token_weights.abs(), token_weights.new_full((1,), 1e-30)]).max() * scale
             ctx.scale = torch.exp2(torch.floor(torch.log2(_LARGEST_GRADIENT_IN_FLOAT16 / largest)))
             token_weights *= ctx.scale
 
         logits = hidden_states.new_empty(count, pitch)[:, :vocab]
         nll, entropy = hidden_states.new_empty(2, n, dtype=torch.float32)
-        is_top1 = hidden_states.new_empty(n, dtype=torch.bool)
+        scores = TokenScores(nll, entropy, hidden_states.new_empty(n, dtype=torch.bool))
         grad_hidden = grad_weight = grad_bias = None
         if needs_hidden:
             dtype = hidden_states.dtype if ctx.scale is None else torch.float32
@@ -114,10 +105,7 @@ class _WeightedNLL(torch.autograd.Function):
             z = torch.mm(hidden, head.t(), out=logits[: len(hidden)])
             if bias is not None:
                 z += bias
-            score_rows(
-                *(z, targets[chunk], token_weights[chunk], logit_scale, softcap, token_factors, needs_gradient),
-                *(nll[chunk], entropy[chunk], is_top1[chunk]),
-            )
+            score_rows(z, params[chunk], TokenScores(*(values[chunk] for values in scores)), needs_gradient)
             if needs_hidden:
                 _add_product(grad_hidden[chunk], z, head, is_first=True)
             if needs_weight:
@@ -128,9 +116,9 @@ class _WeightedNLL(torch.autograd.Function):
         ctx.dtypes = [hidden_states.dtype, weight.dtype, bias.dtype if needs_bias else None]
         if not is_half:  # which may have to wait for a scale of the loss
             ctx.gradients = _cast(ctx.gradients, ctx.dtypes)
-        ctx.mark_non_differentiable(nll, entropy, is_top1)
-        weighted_sum = torch.dot(nll, token_weights)
-        return weighted_sum if ctx.scale is None else weighted_sum / ctx.scale, nll, entropy, is_top1
+        ctx.mark_non_differentiable(*scores)
+        loss = torch.dot(nll, token_weights)
+        return loss if ctx.scale is None else loss / ctx.scale, *scores
 
     @staticmethod
     def backward(ctx, grad_output, *_):
@@ -140,7 +128,7 @@ class _WeightedNLL(torch.autograd.Function):
         if ctx.scale is not None:
             grad_output = grad_output / ctx.scale
         gradients = [None if gradient is None else _multiply(gradient, grad_output) for gradient in gradients]
-        return *_cast(gradients, ctx.dtypes), *[None] * 5
+        return *_cast(gradients, ctx.dtypes), None
 
 
 def _uses_triton(values: torch.Tensor) -> bool:
@@ -183,18 +171,7 @@ def _multiply(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return values if factor == 1 else values.mul_(factor)
 
 
-def score(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    token_weights: torch.Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    token_factors: TokenFactors | None,
-    needs_gradient: bool,
-    nll: torch.Tensor,
-    entropy: torch.Tensor,
-    is_top1: torch.Tensor,
-) -> None:
+def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:
     """
     Writes negative log-likelihood, entropy and top-1 of rows of logits `(n, V)`, and multiplies their weights by the
     factors that follow from the first two. If a gradient is needed, the logits are overwritten by that of the weighted
@@ -204,13 +181,14 @@ def score(
     buffers = logits.new_empty(2, block, logits.size(1), dtype=torch.float32)
     for start in range(0, len(logits), block):
         part = slice(start, start + block)
-        raw, target = logits[part], targets[part].unsqueeze(1)
+        raw, target, token_weights = logits[part], params.targets[part].unsqueeze(1), params.token_weights[part]
+        nll, entropy, is_top1 = (values[part] for values in scores)
         z = raw if raw.dtype == torch.float32 else buffers[0, : len(raw)].copy_(raw)
-        if logit_scale != 1.0:
-            z *= logit_scale
-        if softcap is not None:
-            capped = z / softcap
-            torch.mul(torch.tanh(capped), softcap, out=z)
+        if params.logit_scale != 1.0:
+            z *= params.logit_scale
+        if params.softcap is not None:
+            capped = z / params.softcap
+            torch.mul(torch.tanh(capped), params.softcap, out=z)
         z -= z.amax(1, keepdim=True)
         z_target = z.gather(1, target)
         top1 = (z_target == 0).squeeze(1)
@@ -219,14 +197,14 @@ def score(
         exp = torch.exp(z, out=buffers[1, : len(raw)])
         normaliser = exp.sum(1, keepdim=True)
         log_normaliser = normaliser.log()
-        is_top1[part] = top1
-        nll[part] = (log_normaliser - z_target).squeeze(1)
-        entropy[part] = log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z) / normaliser.squeeze(1)
-        if token_factors is not None:
-            token_weights[part] *= token_factors(nll[part], entropy[part])
+        is_top1.copy_(top1)
+        nll.copy_((log_normaliser - z_target).squeeze(1))
+        entropy.copy_(log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z) / normaliser.squeeze(1))
+        if params.token_factors is not None:
+            token_weights *= params.token_factors(nll, entropy)
         if needs_gradient:
             # p_target - 1, formed before any rounding
             exp.scatter_(1, target, torch.exp(z_target) - normaliser)
-            if softcap is not None:
+            if params.softcap is not None:
                 exp /= torch.cosh(capped).square()  # 1 - tanh², without cancellation
-            torch.mul(exp, token_weights[part].unsqueeze(1) * logit_scale / normaliser, out=raw)
+            torch.mul(exp, token_weights.unsqueeze(1) * params.logit_scale / normaliser, out=raw)

@@ -1,47 +1,38 @@
 """What the one-pass head does with rows of logits, as Triton kernels, which CUDA, ROCm and XPU devices run."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+
+from .params import HeadParams, TokenScores
 
 
 _COLUMNS = 4096  # that a program holds at a time
 _NUM_WARPS = 8
 
 
-def score(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    token_weights: torch.Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    token_factors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
-    needs_gradient: bool,
-    nll: torch.Tensor,
-    entropy: torch.Tensor,
-    is_top1: torch.Tensor,
-) -> None:
+def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:
     """
     Does the same as `one_pass.score`: one program reads a row, and overwrites it while it is in the cache. Where
     factors are to be asked for in between, the gradient is another launch, which reads the row again. What fills up a
     row to its stride is read and written as well, so that all of it is wide loads and stores.
     """
-    maximum, normaliser = torch.empty_like(nll), torch.empty_like(nll)
+    maximum, normaliser = torch.empty_like(scores.nll), torch.empty_like(scores.nll)
+    softcap, factors = params.softcap, params.token_factors
     launch = functools.partial(
         _score_rows[(len(logits),)],
-        *(logits, logits.stride(0), targets, token_weights, nll, entropy, is_top1, maximum, normaliser),
-        *(logits.size(1), logit_scale, 1.0 if softcap is None else softcap),
+        *(logits, logits.stride(0), params.targets, params.token_weights, *scores, maximum, normaliser),
+        *(logits.size(1), params.logit_scale, 1.0 if softcap is None else softcap),
         HAS_SOFTCAP=softcap is not None,
         COLUMNS=min(_COLUMNS, triton.next_power_of_2(logits.size(1))),
         num_warps=_NUM_WARPS,
     )
     with torch.accelerator.device_index(logits.device.index):  # Triton launches on the current device
-        launch(HAS_SCORES=False, HAS_GRADIENT=needs_gradient and token_factors is None)
-        if token_factors is not None:
-            token_weights *= token_factors(nll, entropy)
+        launch(HAS_SCORES=False, HAS_GRADIENT=needs_gradient and factors is None)
+        if factors is not None:
+            params.token_weights.mul_(factors(scores.nll, scores.entropy))
             if needs_gradient:
                 launch(HAS_SCORES=True, HAS_GRADIENT=True)
 
