@@ -13,19 +13,18 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from trl import SFTConfig
 
 from ._upstream import get_config_model_id
-from .data.collator import DataCollatorForWIT
-from .data.vision_collator import DataCollatorForVisionLanguageWIT
 from .loss.functions import FUSED_HEADS
 from .loss.token_factors import TOKEN_FACTORS
 from .weights import StructureWeights
 
 
+# What decides about the weights of tokens, besides the data. A collator has the fields that it needs
+STRUCTURE_SETTINGS = ("role_loss_weights", "chat_template_loss_weight", "completion_turns")
+WEIGHT_SETTINGS = ("prompt_loss_weight", "completion_loss_weight", *STRUCTURE_SETTINGS)
 # What decides about the loss of a row, besides the data
-LOSS_SETTINGS = (
-    *("prompt_loss_weight", "completion_loss_weight", "role_loss_weights", "chat_template_loss_weight"),
-    *("completion_turns", "loss_type", "loss_divisor"),
-)
-_COLUMNS_OF_OTHER_TYPES = ("prompt", "completion", "messages", "conversations", "input_ids")
+LOSS_SETTINGS = (*WEIGHT_SETTINGS, "loss_type", "loss_divisor")
+# The columns of each type of data set, but for plain text, whose column the user names
+DATASET_COLUMNS = (("input_ids",), ("prompt", "completion"), ("conversations",), ("messages",))
 
 
 @dataclass
@@ -172,7 +171,7 @@ class WITSFTConfig(SFTConfig):
                 f"`label_smoothing_factor={self.label_smoothing_factor}` is not supported: the weighted loss has no "
                 "smoothed form. Set it to 0 (the default)."
             )
-        if self.dataset_text_field in _COLUMNS_OF_OTHER_TYPES:
+        if any(self.dataset_text_field in columns for columns in DATASET_COLUMNS):
             raise ValueError(
                 f"`dataset_text_field={self.dataset_text_field!r}` is not supported: a column of this name makes "
                 "another type of data set. Rename the column, for example to `text`."
@@ -211,33 +210,3 @@ def _check_loss_weight(weight: Any, name: str) -> float:
     if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
         raise ValueError(f"{name} is {weight!r}, but a weight must be a finite number that is not negative.")
     return float(weight)  # numpy's numbers cannot be written to JSON
-
-
-def loss_weights(args: WITSFTConfig, data_collator: Any) -> tuple[float, float]:
-    """
-    Returns the weights of prompt and completion, which a collator of this package has too.
-
-    Raises:
-        `ValueError`: the collator has others, because it was given others or because either was changed later.
-    """
-    weights = (args.prompt_loss_weight, args.completion_loss_weight)
-    if isinstance(data_collator, DataCollatorForVisionLanguageWIT):
-        if data_collator.structure_weights != args.structure_weights:
-            raise ValueError(
-                f"The collator has {data_collator.structure_weights}, but the `WITSFTConfig` {args.structure_weights}. "
-                "Pass the same to both, or no collator."
-            )
-    elif (args.dataset_kwargs or {}).get("skip_prepare_dataset") and args.structure_weights != StructureWeights():
-        raise ValueError(
-            "`role_loss_weights`, `chat_template_loss_weight` and `completion_turns` are applied when the data set is "
-            "prepared, which `skip_prepare_dataset` skips. Give the rows `token_weights` instead."
-        )
-    if isinstance(data_collator, DataCollatorForWIT | DataCollatorForVisionLanguageWIT):
-        of_collator = (data_collator.prompt_loss_weight, data_collator.completion_loss_weight)
-        if of_collator != weights:
-            raise ValueError(
-                f"The weights of the `{type(data_collator).__name__}` contradict those of the `WITSFTConfig`: (prompt, "
-                f"completion) is {of_collator} and {weights}. Pass the same ones to both, or no collator. To train "
-                "with other weights later, make a new trainer: the data was prepared for the old ones."
-            )
-    return weights

@@ -2,17 +2,18 @@
 
 import copy
 import functools
+from dataclasses import replace
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from ._upstream import keep_gradient_of_4bit_weights
-from .config import WITSFTConfig, loss_weights
-from .data.collator import DataCollatorForWIT
+from .config import WITSFTConfig
+from .data.collator import DataCollatorForWIT, check_weights, weight_settings
 from .data.preparation import DataPreparation, check_train_dataset
 from .data.training_rows import TrainingRows, check_image_rows, pack, select_training_rows
 from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
@@ -20,7 +21,8 @@ from .loss.lm_head import prepare_lm_head, weighted_forward
 from .loss.token_factors import TOKEN_FACTORS, NamedFactors
 from .report.weight_report import WeightReport, print_report, weigh
 from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
-from .training.metrics import EvaluationSums, TrainingSums, loss_terms
+from .training.evaluation import EvaluationMixin
+from .training.metrics import EvaluationSums, TrainingSums, token_terms
 from .training.model_card import PAPER, add_weights
 from .training.parallelism import PACKED_MESSAGE, ParallelMixin
 from .weights import MASK_COLUMNS, pop_weights
@@ -29,7 +31,7 @@ from .weights import MASK_COLUMNS, pop_weights
 IMAGE_ROWS = 100  # of data with images that are counted: each image is processed for it
 
 
-class WITSFTTrainer(ParallelMixin, SFTTrainer):
+class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
     """
     Trainer for Weighted Instruction Tuning (WIT).
 
@@ -106,26 +108,19 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             args.assistant_only_loss = args.assistant_only_loss and not has_messages
             args.loss_type = "nll"  # TRL refuses others under sequence parallelism
         self._messages_are_new = has_messages and not self._assistant_only_loss
-        # A copy, to tell the training set from an evaluation set that is the same object
-        train_dataset = self._unprepared = copy.copy(train_dataset)
-        self._training_rows = TrainingRows(train_dataset)
+        self._training_rows: TrainingRows | None = None  # until the training set, which comes first, is prepared
 
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, None, *more_args, **kwargs
         )
 
-        self._unprepared = None
         self.args.loss_type = loss_type
         if data_collator is None:
-            collator_class, names = DataCollatorForWIT, ["prompt_loss_weight", "completion_loss_weight"]
-            if self._is_vision_dataset:
-                collator_class = DataCollatorForVisionLanguageWIT
-                names += ["role_loss_weights", "chat_template_loss_weight", "completion_turns"]
-            weights = {name: getattr(args, name) for name in names}
-            self.data_collator = collator_class(**vars(self.data_collator), **weights)
+            collator_class = DataCollatorForVisionLanguageWIT if self._is_vision_dataset else DataCollatorForWIT
+            self.data_collator = collator_class(**vars(self.data_collator), **weight_settings(collator_class, args))
             if self._is_vision_dataset:
                 check_image_rows(self.train_dataset, self.data_collator, self.args)
-        loss_weights(self.args, self.data_collator)  # checks that they agree
+        check_weights(self.data_collator, self.args)
         self.prepare_parallelism()
         keep_gradient_of_4bit_weights(self.model)
         prepare_lm_head(self.model)
@@ -138,11 +133,13 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         # One map instead of TRL's, of which each reads and writes all rows: to the same tokens, each with its region
         # and the weight that the data gives it, where TRL has labels.
-        is_train = dataset is self._unprepared
+        is_train = self._training_rows is None and dataset_name == "train"
         preparation = DataPreparation(args, packing, dataset_name)
         example = preparation.first_row(dataset)
         if {"seq_lengths", "completion_mask"} <= example.keys():  # packed already
             preparation.check_structure_weights(dataset)
+            if is_train:
+                self._training_rows = TrainingRows(dataset)
             return dataset
         if "input_ids" in example:
             dataset = preparation.weigh_tokens(dataset, example)
@@ -172,6 +169,7 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         Raises:
             `ValueError`: there is no complete checkpoint to resume from.
         """
+        check_weights(self.data_collator, self.args)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         counts_together = isinstance(self.data_collator, DataCollatorForVisionLanguageWIT)
         if self.args.print_weight_report and (counts_together or self.is_world_process_zero()):
@@ -188,18 +186,21 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             `ValueError`: the rows or their weights are not known, because they are not tokenized, are read through a
             transform, or are weighed by another data collator.
         """
-        dataset, weights = self.train_dataset, loss_weights(self.args, self.data_collator)
+        check_weights(self.data_collator, self.args)
+        dataset, weights = self.train_dataset, (self.args.prompt_loss_weight, self.args.completion_loss_weight)
         settings: dict[str, Any] = {"structure": self.args.structure_weights, "loss_divisor": self.args.loss_divisor}
         if factors := self._factors_in_use():
             settings["token_factors"] = factors.meaning
         if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
             rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
             partial = not isinstance(dataset, Dataset) or len(rows) < len(dataset)
-            return weigh(rows, weights, partial=partial, **settings)
+            return replace(weigh(rows, weights, partial=partial), **settings)
         if not isinstance(self.data_collator, DataCollatorForWIT):
             raise ValueError("The data collator is another one than `DataCollatorForWIT`, which may weigh otherwise.")
-        known = self._training_rows if dataset is self._training_rows.dataset else TrainingRows(dataset)
-        return weigh(dataset, weights, known.lengths, known.dropped, **settings)
+        known = self._training_rows
+        if known is None or dataset is not known.dataset:  # it was replaced, or its preparation was skipped
+            known = TrainingRows(dataset)
+        return replace(weigh(dataset, weights, known.lengths), dropped=known.dropped, **settings)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -216,7 +217,7 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         """Writes TRL's model card, with the weights."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            loss_weights(self.args, self.data_collator)  # checks that they agree
+            check_weights(self.data_collator, self.args)
             add_weights(self.args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +231,6 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
         Returns the weighted loss of a micro-batch, a scalar in nats, and what the model returns if `return_outputs`.
         Where a subclass returns another loss, `eval_loss` is its mean over the batches, as in `Trainer`.
         """
-        loss_weights(self.args, self.data_collator)  # checks that nobody changed them
         inputs = dict(inputs)
         example_lengths = inputs.pop("example_lengths", None)
         if example_lengths is not None and self.splits_sequences():
@@ -242,21 +242,19 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             inputs["output_router_logits"] = True
         if not self.model.training:  # score both regions, whatever their weights
             inputs["labels"] = inputs["input_ids"].masked_fill(completion_mask == -100, -100)
-        divisor = self._divisor(token_weights, num_items_in_batch)
+        divisor = self.loss_divisor(token_weights, num_items_in_batch)
         factors = self._factors_in_use() if self.model.training else None
         function = None if factors is None else factors.function
         with explain_cut_images(self.args.max_length):
             outputs = weighted_forward(model, inputs, token_weights, divisor, function, self.args.fused_head)
-        nll = -outputs.log_probs  # (B, T - 1), without gradient
 
         loss = outputs.loss
         if self.aux_loss_enabled:  # a mean over the micro-batch, as in TRL
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss.to(loss.device) / steps
-        first = completion_mask.size(1) - nll.size(1)  # the first target
-        terms = loss_terms(
-            nll, outputs, token_weights[:, first:].to(nll.device), completion_mask[:, first:].to(nll.device)
-        )
+        device = outputs.log_probs.device
+        first = completion_mask.size(1) - outputs.log_probs.size(1)  # the first target
+        terms = token_terms(outputs, token_weights[:, first:].to(device), completion_mask[:, first:].to(device))
         if self.model.training:
             loss = self.scale_gradient(loss)
             num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
@@ -299,91 +297,9 @@ class WITSFTTrainer(ParallelMixin, SFTTrainer):
             return NamedFactors(f"{type(self).__name__}.token_factors", self.token_factors)
         return TOKEN_FACTORS[self.args.loss_type]
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        count = super()._get_num_items_in_batch(batch_samples, device)
-        if count is None or self.args.loss_divisor == "count":
-            return count
-        # The number of tokens, as every engine counts it, times their mean weight
-        sums = torch.zeros(2, device=device)
-        for batch in batch_samples:
-            weights, _ = pop_weights({**batch})
-            weights = weights if "shift_labels" in batch else weights[:, 1:]
-            sums += torch.stack([weights.sum(), weights.count_nonzero()]).to(device)
-        if self.args.average_tokens_across_devices:
-            sums = self.accelerator.reduce(sums)
-        return count * sums[0] / sums[1].clamp(min=1)
-
-    def _divisor(self, token_weights, num_items_in_batch) -> torch.Tensor | float:
-        """
-        Returns what the weighted sum is divided by. As in TRL, it counts the tokens of all ranks, over which the
-        gradients are averaged.
-        """
-        if num_items_in_batch is None:
-            weights = token_weights[:, 1:]
-            return weights.count_nonzero() if self.args.loss_divisor == "count" else weights.sum()
-        if not self.args.average_tokens_across_devices:
-            return num_items_in_batch
-        return num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as [`~trl.SFTTrainer`] does, with the metrics of each region."""
         if not {"loss", "train_loss"}.isdisjoint(logs):  # a training step or the end of training, on every rank
             logs.update(self._train_sums.metrics_since_last_call(self.accelerator, self._tp_size))
             self._total_train_tokens = logs.get("num_tokens", self._total_train_tokens)
         super().log(logs, start_time)
-
-    def evaluate_rows(self, eval_dataset: Dataset | str | None = None) -> Dataset:
-        """
-        Returns how well the model predicts each row: a data set with the columns `"prompt_nll"` and `"completion_nll"`,
-        the sums of the unweighted negative log-likelihoods of a region in nats, and `"prompt_tokens"` and
-        `"completion_tokens"`, the numbers of its tokens. Added up, they give the losses of `evaluate`. All processes
-        must call it, and all get all rows, in the order of the data set. Nothing is logged.
-
-        Args:
-            eval_dataset (`Dataset` or `str`, *optional*):
-                Rows of any type, or the name of an evaluation set. Defaults to `self.eval_dataset`, whose rows are in
-                another order than they came in where `shuffle_dataset` is set.
-
-        Raises:
-            `ValueError`: the rows cannot be told apart, because they are a stream or are packed.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"`evaluate_rows` needs a `Dataset`, but got a `{type(dataset).__name__}`. Name one of several "
-                "evaluation sets, or store the rows of a stream: `Dataset.from_list(list(stream.take(1000)))`."
-            )
-        if "seq_lengths" in dataset.column_names:
-            raise ValueError(
-                "`evaluate_rows` cannot tell packed rows apart. Pass the rows that were packed, or set "
-                "`eval_packing=False`."
-            )
-        args = copy.copy(self.args)
-        args.shuffle_dataset, args.train_sampling_strategy = False, "sequential"
-        if not self._is_vision_dataset and "input_ids" not in dataset.column_names:
-            dataset = self._prepare_dataset(dataset, self.processing_class, args, False, None, "eval")
-        of_training, self.args = self.args, args
-        try:
-            self.evaluation_loop(self.get_test_dataloader(dataset), "Evaluation", prediction_loss_only=True)
-        finally:
-            self.args = of_training
-        if self._eval_sums.is_empty:
-            raise ValueError("`evaluate_rows` needs the loss of `WITSFTTrainer`, which a subclass has replaced.")
-        return Dataset.from_dict(self._eval_sums.rows())
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluates as `Trainer` does. The metrics are those of the class where `compute_loss` was reached."""
-        self._eval_sums = EvaluationSums(
-            self.accelerator, self.args.loss_divisor, self.get_tp_size() * self.get_cp_size()
-        )
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._eval_sums.is_empty:  # a subclass computes another loss, without this one
-            return output
-        metrics = self._eval_sums.metrics(output.metrics.get(f"{metric_key_prefix}_loss"))
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        of_trl = self._eval_sums.metrics_of_trl()
-        of_trl["num_tokens"] = self._train_sums.num_tokens(self.accelerator) // self._tp_size
-        self._metrics["eval"] |= {name: [value] for name, value in of_trl.items()}  # logged with TRL's prefix
-        return output

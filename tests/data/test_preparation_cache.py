@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from wit_trl.conversation.turns import Conversation, TemplateMemory
+from wit_trl.data import preparation
 
 from ..conversation.test_turns import CHATML, CHATML_PROMPT
 from ..helpers import make_trainer
@@ -161,3 +163,16 @@ def test_conversation_costs_one_rendering_once_the_template_is_known(turns, toke
     assert len(renderings) == 1
     alone = Conversation(messages, tokenizer, template, {})
     assert masks == [alone.assistant_masks(alone.tokenize()["input_ids"])] * 2
+
+
+@pytest.mark.parametrize("name", ["data/new.py", "conversation/deeper/new.py", "weights.py", "data/collator.py"])
+def test_key_of_the_cache_changes_with_every_module_that_decides_about_tokens(name, tmp_path, monkeypatch):
+    package = tmp_path / "wit_trl"
+    shutil.copytree(preparation._PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    key = preparation._versions.__wrapped__()
+    monkeypatch.setattr(preparation, "_PACKAGE", package)
+    assert preparation._versions.__wrapped__() == key
+    (package / name).parent.mkdir(exist_ok=True)
+    with (package / name).open("a") as module:
+        module.write("NEW = 1\n")
+    assert preparation._versions.__wrapped__() != key

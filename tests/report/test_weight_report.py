@@ -4,6 +4,7 @@ import io
 import math
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from rich.console import Console
 
-from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl.data.prepared_rows import RowLengths
 from wit_trl.report.rows import plot_lengths
-from wit_trl.report.weight_report import RowLengths, weigh
+from wit_trl.report.weight_report import weigh
 
 
 @pytest.fixture
@@ -35,19 +36,6 @@ def rows():
     rows.append({"input_ids": [9] * 18, "completion_mask": [0, 1, 1] + [0] * 15, "attention_mask": [1] * 18})
     assert {0, 1} == {mask for row in rows for mask in row["completion_mask"]}
     return rows
-
-
-@pytest.fixture
-def make_trainer(make_model, tokenizer, config_kwargs):
-    def make(dataset, tokenizer=tokenizer, **arguments):
-        return WITSFTTrainer(
-            model=make_model(),
-            args=WITSFTConfig(**(config_kwargs | arguments)),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
-
-    return make
 
 
 def loops(trainer):
@@ -77,9 +65,9 @@ def loops(trainer):
         {"max_length": 16, "packing": True, "truncation_mode": "keep_end"},
     ],
 )
-def test_counts_equal_plain_loops(arguments, weights, rows, make_trainer):
+def test_counts_equal_plain_loops(arguments, weights, rows, trainer_on):
     prompt_weight, completion_weight = weights
-    trainer = make_trainer(
+    trainer = trainer_on(
         Dataset.from_list(rows), prompt_loss_weight=prompt_weight, completion_loss_weight=completion_weight, **arguments
     )
     summary = trainer.weight_report()
@@ -114,12 +102,12 @@ def test_counts_equal_plain_loops(arguments, weights, rows, make_trainer):
 
 
 @pytest.mark.parametrize("weights", [(0.2, 0.8), (0.0, 0.8)])
-def test_weights_in_the_data_multiply(weights, rows, make_trainer):
+def test_weights_in_the_data_multiply(weights, rows, trainer_on):
     for row in rows:
         del row["attention_mask"]
         row["token_weights"] = [(0.0, 0.5, 2.0)[token % 3] for token in row["input_ids"]]
     arguments = {"prompt_loss_weight": weights[0], "completion_loss_weight": weights[1], "max_length": None}
-    summary = make_trainer(Dataset.from_list(rows), **arguments).weight_report()
+    summary = trainer_on(Dataset.from_list(rows), **arguments).weight_report()
     targets = [
         (region, weight)
         for row in rows
@@ -136,9 +124,9 @@ def test_weights_in_the_data_multiply(weights, rows, make_trainer):
     assert (summary.truncated, summary.without_completion, summary.dropped) == (0, 0, 0)
 
 
-def test_of_a_stream_the_first_rows_are_counted(rows, make_trainer):
+def test_of_a_stream_the_first_rows_are_counted(rows, trainer_on):
     dataset = IterableDataset.from_generator(lambda: (row for _ in range(50) for row in rows))
-    trainer = make_trainer(dataset, max_length=16)
+    trainer = trainer_on(dataset, max_length=16)
     summary = trainer.weight_report()
     assert (summary.rows, summary.partial, summary.dropped) == (1000, True, None)
     first = list(trainer.train_dataset.take(1000))
@@ -163,7 +151,7 @@ def with_weights(*masks):
 def test_table():
     lengths = RowLengths(*map(np.array, ([5, 2], [5, 2], [True, False], [True, False])))
     cut = with_weights([0] * 5, [0, 0, 1, 1])
-    lines = [line.split() for line in text_of(weigh(cut, (0.25, 0.5), lengths, 0)).splitlines()]
+    lines = [line.split() for line in text_of(replace(weigh(cut, (0.25, 0.5), lengths), dropped=0)).splitlines()]
     for line in (
         "prompt 0.25 5 55.6% 55.6%",
         "completion 0.5 2 22.2% 44.4%",
@@ -188,8 +176,8 @@ def test_data_set_without_prompt_or_completion():
         assert "-" in text_of(summary)
 
 
-def test_training_starts_with_the_table_in_plain_text(rows, make_trainer, capsys):
-    trainer = make_trainer(Dataset.from_list(rows), max_steps=1, max_length=16)
+def test_training_starts_with_the_table_in_plain_text(rows, trainer_on, capsys):
+    trainer = trainer_on(Dataset.from_list(rows), max_steps=1, max_length=16)
     assert "What is weighted" not in capsys.readouterr().out
     trainer.train()
     output = capsys.readouterr().out
@@ -198,23 +186,23 @@ def test_training_starts_with_the_table_in_plain_text(rows, make_trainer, capsys
     assert output.index("rows truncated") < output.index("'loss'")
 
 
-def test_rows_without_completion_and_weights_in_the_data_are_told(make_trainer, capsys, caplog):
+def test_rows_without_completion_and_weights_in_the_data_are_told(trainer_on, capsys, caplog):
     rows = [{"prompt": "What? " * length, "completion": "That.", "weight": 0.5 * length} for length in (1, 2, 30)]
-    trainer = make_trainer(Dataset.from_list(rows), max_steps=1, max_length=16)
+    trainer = trainer_on(Dataset.from_list(rows), max_steps=1, max_length=16)
     trainer.train()
     assert "Rows with no completion left within `max_length=16`: 1. They train" in caplog.text
     assert re.search(r"weights in the data +0\.5 to 15", capsys.readouterr().out)
 
 
-def test_training_on_an_output_that_encodes_ascii_alone(rows, make_trainer, monkeypatch):
+def test_training_on_an_output_that_encodes_ascii_alone(rows, trainer_on, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    make_trainer(Dataset.from_list(rows), max_steps=1).train()
+    trainer_on(Dataset.from_list(rows), max_steps=1).train()
     sys.stdout.flush()
     assert b"What is weighted" in sys.stdout.buffer.getvalue()
 
 
-def test_no_table_where_the_weights_or_the_tokens_are_not_known(rows, make_trainer, capsys):
-    trainer = make_trainer(Dataset.from_list(rows), max_steps=1)
+def test_no_table_where_the_weights_or_the_tokens_are_not_known(rows, trainer_on, capsys):
+    trainer = trainer_on(Dataset.from_list(rows), max_steps=1)
     collator = trainer.data_collator
     trainer.data_collator = lambda examples: collator(examples)
     trainer.train()
@@ -224,7 +212,7 @@ def test_no_table_where_the_weights_or_the_tokens_are_not_known(rows, make_train
 
     dataset = Dataset.from_dict({"index": range(8)}).with_transform(transform)
     kwargs = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
-    make_trainer(dataset, max_steps=1, **kwargs).train()
+    trainer_on(dataset, max_steps=1, **kwargs).train()
     assert "What is weighted" not in capsys.readouterr().out
 
 
@@ -238,9 +226,9 @@ def test_lengths_by_region_and_their_histogram(rows):
 
 
 @pytest.fixture
-def prepared(rows, make_trainer):
+def prepared(rows, trainer_on):
     """A trainer whose rows are truncated, and of whose rows some were dropped."""
-    trainer = make_trainer(Dataset.from_list(rows), max_steps=1, max_length=16)
+    trainer = trainer_on(Dataset.from_list(rows), max_steps=1, max_length=16)
     assert trainer.weight_report().dropped > 0
     return trainer
 
@@ -290,15 +278,15 @@ def test_replaced_training_set_is_counted_as_it_is(kind, prepared, rows, capsys)
 
 
 @pytest.mark.parametrize("switched_off", [False, True])
-def test_table_never_ends_a_training_and_can_be_switched_off(switched_off, rows, make_trainer, capsys, caplog):
+def test_table_never_ends_a_training_and_can_be_switched_off(switched_off, rows, trainer_on, capsys, caplog):
     arguments = {"max_steps": 1, "print_weight_report": not switched_off}
-    make_trainer(Dataset.from_list(rows), **arguments).train()
+    trainer_on(Dataset.from_list(rows), **arguments).train()
     assert ("What is weighted" in capsys.readouterr().out) != switched_off
 
     def weight_report():
         raise LookupError("cannot be read")
 
-    trainer = make_trainer(Dataset.from_list(rows), **arguments)
+    trainer = trainer_on(Dataset.from_list(rows), **arguments)
     trainer.weight_report = weight_report
     trainer.train()
     assert trainer.state.global_step == 1
@@ -312,21 +300,21 @@ def test_rows_that_are_not_tokenized_are_told(prepared):
 
 
 @pytest.mark.parametrize(("weights", "told"), [((1.5e9, 0.8), "completion"), ((1e-9, 1), "prompt"), ((0.01, 1), None)])
-def test_region_of_hardly_any_weight_is_told(weights, told, rows, make_trainer, caplog):
+def test_region_of_hardly_any_weight_is_told(weights, told, rows, trainer_on, caplog):
     prompt_loss_weight, completion_loss_weight = weights
     arguments = {"prompt_loss_weight": prompt_loss_weight, "completion_loss_weight": completion_loss_weight}
-    make_trainer(Dataset.from_list(rows), max_steps=1, **arguments).train()
+    trainer_on(Dataset.from_list(rows), max_steps=1, **arguments).train()
     assert re.findall(r"The (\w+) has less than 0\.1% of the weight", caplog.text) == ([told] if told else [])
 
 
-def test_start_says_what_compares_and_what_messages_were(messages, prompt_completion, make_trainer, capsys):
+def test_start_says_what_compares_and_what_messages_were(messages, prompt_completion, trainer_on, capsys):
     for dataset, arguments, told in (
         (messages, {}, True),
         (messages, {"assistant_only_loss": True}, False),
         (messages, {"prompt_loss_weight": 1, "completion_loss_weight": 1}, False),
         (prompt_completion, {}, False),
     ):
-        make_trainer(dataset.select(range(4)), max_steps=1, **arguments).train()
+        trainer_on(dataset.select(range(4)), max_steps=1, **arguments).train()
         output = capsys.readouterr().out
         assert "loss is weighted; prompt_loss and completion_loss compare between runs." in output
         assert ("SFTTrainer trains messages with (1, 1), unless assistant_only_loss is set." in output) == told

@@ -62,3 +62,12 @@ def chosen_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMi
             "model may not learn to stop. Move it inside `{% generation %}` in the template."
         )
     return chat_template
+
+
+def check_marks(regions: list[int]) -> None:
+    """Raises `ValueError` if a chat template with `{% generation %}` marks leaves no token in the completion."""
+    if 1 not in regions:
+        raise ValueError(
+            "the chat template marks no token of the assistant's turns. Put `{% generation %}` around what it renders "
+            "for them, or remove these marks from the template."
+        )

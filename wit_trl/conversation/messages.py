@@ -1,12 +1,32 @@
-"""What the messages of a row must be."""
+"""The messages of a row: read in any form, and checked."""
 
+import copy
 from typing import Any
+
+from trl.data_utils import maybe_convert_to_chatml
 
 from ..weights import check_weight
 
 
 Messages = list[dict[str, Any]]
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 THINKING = ("reasoning_content", "thinking")  # of an assistant, before its answer
+
+
+def read_messages(row: dict[str, Any], column: str) -> Messages:
+    """
+    Returns the messages of a column. Raises `ValueError` as `check_messages` does.
+
+    ShareGPT has `from` and `value` in the place of role and content, and calls the user `human` and the assistant
+    `gpt`. Chat templates do not know these names.
+    """
+    turns = row.get(column)
+    has_turns = isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
+    if not has_turns and column != "conversations":
+        return check_messages(turns, column)
+    converted = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
+    messages = check_messages(converted, column)
+    return [{**m, "role": SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]
 
 
 def check_messages(messages: Any, column: str) -> Messages:

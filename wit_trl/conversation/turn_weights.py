@@ -1,4 +1,12 @@
-"""What the tokens of a conversation weigh by its structure: by its messages, their roles, and who writes them."""
+"""
+The one answer to "what is this token": the region and the data weight of each token of a conversation.
+
+1. The regions come from what is marked as completion, or from the assistant's turns where nothing is marked.
+2. `completion_turns="last"` leaves only the last answer in the completion.
+3. Messages, their roles, and who writes a token (a message or the chat template) have weights, which multiply.
+
+Text rows call `weigh_conversation` as they are prepared, rows with images as their batch is made.
+"""
 
 import difflib
 import itertools
@@ -15,6 +23,47 @@ from .turns import Conversation
 _NO_STRUCTURE = StructureWeights()
 
 
+def weigh_conversation(
+    conversation: Conversation,
+    input_ids: list[int],
+    marked: list[int] | None,
+    structure: StructureWeights = _NO_STRUCTURE,
+    first_answer: int = 0,
+) -> tuple[list[int], np.ndarray]:
+    """
+    Returns the region of each token, 1 completion or 0 prompt, and its data weight, in float32.
+
+    Args:
+        conversation ([`Conversation`]):
+            The conversation.
+        input_ids (`list[int]`):
+            Its tokens, or the first of them.
+        marked (`list[int]`, *optional*):
+            1 for each token that is marked as completion, by the chat template or because it follows the prompt, else
+            0. Where nothing marks tokens (`None`), the assistant's turns are the completion.
+        structure ([`StructureWeights`]):
+            What roles and the template's own tokens weigh, and which turns are completion.
+        first_answer (`int`, *optional*, defaults to `0`):
+            The turn with which the completion of a prompt-completion row begins. 0 for `messages`.
+
+    Raises:
+        `ValueError`: it cannot be told where a turn begins or ends that has a region or a weight of its own.
+    """
+    only_last = structure.completion_turns == "last"
+    regions = marked
+    if regions is None:
+        regions = conversation.assistant_masks(input_ids, only_last)
+    elif only_last and first_answer < len(conversation.messages) - 1:
+        turn, positions = conversation.answers()[-1], conversation.positions(input_ids)
+        if first_answer:  # the completion has the headers of its turns too
+            start, end = conversation.answer(turn, positions)
+        else:  # the template tells a header from an answer
+            start, end = positions.at(conversation.start_of_turn(turn), turn), conversation.end_of_turn(turn, positions)
+        regions = [region if start <= position < end else 0 for position, region in enumerate(regions)]
+    weights = turn_weights(conversation, input_ids, structure, regions, first_answer)
+    return regions, weights if len(weights) else np.ones(len(input_ids), np.float32)
+
+
 def turn_weights(
     conversation: Conversation,
     input_ids: list[int],
@@ -23,9 +72,11 @@ def turn_weights(
     first_answer: int = 0,
 ) -> np.ndarray:
     """
-    Returns for each token the `"weight"` of the message that adds it times the weight of its role, and for what the
-    template writes itself in the prompt its weight; nothing if all of them are 1. What precedes the first message
-    belongs to it.
+    Returns the data weight of each token, or an empty array if all are 1.
+
+    A token has the `"weight"` of the message that adds it, times the weight of the message's role. Where the template
+    itself writes a token of the prompt, the template's weight multiplies that. What precedes the first message belongs
+    to it.
 
     Args:
         conversation ([`Conversation`]):

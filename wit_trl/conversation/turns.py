@@ -137,12 +137,6 @@ class Conversation:
             masks[start:end] = [1] * (end - start)
         return masks
 
-    def keep_last_answer(self, masks: list[int], input_ids: list[int]) -> list[int]:
-        """Returns the masks with 0 outside of the last answer. Raises `ValueError` if it cannot be told from others."""
-        turn, positions = self.answers()[-1], self.positions(input_ids)
-        start, end = positions.at(self.start_of_turn(turn), turn), self.end_of_turn(turn, positions)
-        return [mask if start <= position < end else 0 for position, mask in enumerate(masks)]
-
     def _check_nothing_is_left_out(self) -> None:
         """A template may print nothing of what it does not know, and Python's form of a list, without an error."""
         if self.spans is None:
@@ -208,13 +202,15 @@ class Conversation:
         except ValueError:  # it misses something
             return False
 
-    def check_prompt(self, number_of_turns: int, rendered: str) -> None:
+    def render_prompt(self, number_of_turns: int) -> str:
         """
-        Raises `ValueError` where TRL would take the end of the prompt for completion. The prompt is the first turns,
-        rendered with the generation prompt.
+        Returns the first turns, rendered with the generation prompt. Raises `ValueError` where TRL would take the end
+        of this prompt for completion.
         """
+        rendered = self.render(self.messages[:number_of_turns], add_generation_prompt=True)
         if not self.text.startswith(rendered):
             self.text_before(number_of_turns)
+        return rendered
 
     def answers(self) -> list[int]:
         """Returns the turns of the assistant."""

@@ -1,12 +1,13 @@
 """`DataCollatorForWIT`: TRL's batches of text, with a weight for each token."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..weights import set_targets, token_regions, token_weights
+from ..config import STRUCTURE_SETTINGS, WEIGHT_SETTINGS, WITSFTConfig
+from ..weights import StructureWeights, set_targets, token_regions, token_weights
 
 
 @dataclass
@@ -87,3 +88,31 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
         if self.padding_free:
             batch["example_lengths"] = lengths
         return batch
+
+
+def weight_settings(collator: type, args: WITSFTConfig) -> dict[str, Any]:
+    """Returns the settings of the weights that a collator of this package needs."""
+    names = {field.name for field in fields(collator)}
+    return {name: getattr(args, name) for name in WEIGHT_SETTINGS if name in names}
+
+
+def check_weights(collator: Any, args: WITSFTConfig) -> None:
+    """
+    Raises `ValueError` if a collator of this package has other weights than the [`WITSFTConfig`], which has been given
+    others or was changed later; or if no preparation applies the weights of the structure.
+    """
+    expected = weight_settings(type(collator), args) if is_dataclass(collator) else {}
+    actual = {name: getattr(collator, name) for name in expected}
+    if changed := [name for name, value in expected.items() if (actual[name] or None) != (value or None)]:
+        pairs = ", ".join(f"{name} is {actual[name]} and {expected[name]}" for name in changed)
+        raise ValueError(
+            f"The weights of the `{type(collator).__name__}` contradict those of the `WITSFTConfig`: {pairs}. Pass the "
+            "same ones to both, or no collator. To train with other weights later, make a new trainer: the data was "
+            "prepared for the old ones."
+        )
+    skips = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+    if skips and not {*STRUCTURE_SETTINGS} <= {*expected} and args.structure_weights != StructureWeights():
+        raise ValueError(
+            "`role_loss_weights`, `chat_template_loss_weight` and `completion_turns` are applied when the data set is "
+            "prepared, which `skip_prepare_dataset` skips. Give the rows `token_weights` instead."
+        )

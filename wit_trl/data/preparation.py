@@ -14,9 +14,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import global_then_local_main_first
-from ..config import WITSFTConfig
+from ..config import DATASET_COLUMNS, WITSFTConfig
 from ..conversation.chat_template import chosen_chat_template, training_chat_template
-from ..report.weight_report import LENGTH_COLUMNS
+from ..conversation.messages import SHAREGPT_ROLES
 from ..weights import (
     MASK_COLUMNS,
     NO_CONVERSATION_MESSAGE,
@@ -26,20 +26,20 @@ from ..weights import (
     token_regions,
     token_weights,
 )
+from .prepared_rows import LENGTH_COLUMNS, prepared_row
 from .schemas import remedy_for
-from .tokenization import SHAREGPT_ROLES, Row, RowTokenizer
+from .tokenization import Row, RowTokenizer
 
 
 logger = get_logger(__name__)
 
 RowFunction = Callable[[list[Row]], list[Row]]
 
-TARGET_COLUMNS = ("prompt_targets", "completion_targets")  # tokens of each region whose weight in the data is not 0
-_TRL_COLUMNS = {"prompt", "completion", "messages", "conversations"}
 # Columns that belong to tokens, and mean nothing in a row that has none yet
 _COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths", "turn_weights"}
 _BATCH_SIZE = 100  # rows that are tokenized together
 _ROWS_WITH_ROLES = 1000  # in which a role that has a weight is looked for
+_PACKAGE = Path(__file__).parents[1]
 # The code that decides about tokens, regions and data weights: these modules, and all in these folders
 _SOURCES = ("_upstream.py", "conversation", "data", "weights.py")
 
@@ -56,9 +56,10 @@ def check_train_dataset(dataset: Any, formatting_func: Callable | None) -> set[s
     columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set(next(iter(dataset), ()))
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError("`train_dataset` is empty. Check the file, the split and any filter it comes from.")
-    if formatting_func and not _TRL_COLUMNS.isdisjoint(columns):
+    untokenized = columns & {name for names in DATASET_COLUMNS[1:] for name in names}
+    if formatting_func and untokenized:
         raise ValueError(
-            f"`formatting_func` makes plain text, but TRL reads the columns {sorted(_TRL_COLUMNS & columns)} instead "
+            f"`formatting_func` makes plain text, but TRL reads the columns {sorted(untokenized)} instead "
             "of it. Drop `formatting_func` (the chat template does its work), or rename these columns to train on the "
             "text, in which every token is completion."
         )
@@ -236,8 +237,8 @@ class DataPreparation:
 @functools.cache
 def _versions() -> str:
     """Returns what tells a cache of this code from one of another."""
-    package, sources = Path(__file__).parents[1], hashlib.sha256()
-    for source in (package / name for name in _SOURCES):
+    sources = hashlib.sha256()
+    for source in (_PACKAGE / name for name in _SOURCES):
         for module in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
             sources.update(module.read_bytes())
     others = [importlib.metadata.version(name) for name in ("trl", "transformers", "tokenizers", "jinja2")]
@@ -281,37 +282,20 @@ def _format(rows: list[Row], formatting_func: Callable[[Row], str], column: str)
 
 
 def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -> list[Row]:
-    made = []
-    for row, tokens in zip(rows, tokenizer(rows), strict=True):
+    """Returns rows of any type, tokenized, as they are trained on."""
+    for row in rows:
         if row.get("token_weights") is not None:
             raise ValueError(
                 "it has `token_weights` but no `input_ids` that they could belong to. Tokenize the data set, or weigh "
                 "rows or messages with `weight`."
             )
-        input_ids = tokens["input_ids"]
-        weights = np.full(len(input_ids), check_weight(row.get("weight"), "`weight`"), np.float32)
-        if len(tokens["turn_weights"]):
-            weights *= tokens["turn_weights"]
-        made.append(_prepared(input_ids, tokens["completion_mask"], weights, kept))
+    made = []
+    for row, (input_ids, regions, weights) in zip(rows, tokenizer(rows), strict=True):
+        weights = weights * np.float32(check_weight(row.get("weight"), "`weight`"))
+        made.append(prepared_row(input_ids, regions, weights, kept))
     return made
 
 
 def _weigh_tokens(rows: list[Row], kept: slice) -> list[Row]:
-    return [_prepared(row["input_ids"], token_regions(row), token_weights(row).numpy(), kept) for row in rows]
-
-
-def _prepared(input_ids: list[int], regions: list[int], weights: np.ndarray, kept: slice) -> Row:
-    """Returns a row as it is trained on, and what was cut off it."""
-    left, left_weights = regions[kept], weights[kept]
-    targets = np.where(left_weights[1:] != 0, left[1:], -100)
-    return {
-        "input_ids": input_ids[kept],
-        "completion_mask": left,
-        "token_weights": left_weights,
-        "prompt_length": regions.count(0),
-        "completion_length": regions.count(1),
-        "truncated": len(left) < len(regions),
-        "completion_lost": 1 in regions[1:] and 1 not in left[1:],
-        "prompt_targets": np.count_nonzero(targets == 0),
-        "completion_targets": np.count_nonzero(targets == 1),
-    }
+    """Returns tokenized rows as they are trained on."""
+    return [prepared_row(row["input_ids"], token_regions(row), token_weights(row).numpy(), kept) for row in rows]

@@ -6,10 +6,10 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import get_dataset_column_names, global_then_local_main_first
+from ..config import DATASET_COLUMNS
 from ..conversation.chat_template import tokenizer_of
 
 
-_TRL_COLUMNS = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"})
 # By name: the columns of the question, of which all but the first may be empty or missing, and of the answer
 _SCHEMAS = {
     "Alpaca": (("instruction", "input"), "output"),
@@ -65,7 +65,7 @@ def to_trl_format(
     similar = {name: columns & parts <= {*q, a} for name, (q, a) in _SCHEMAS.items() if {q[0], a} <= columns}
     schema = next((name for name, matches in similar.items() if matches), None)
     # Alpaca has a `text` too, in which the answer cannot be told from the question
-    if any(known <= columns for known in _TRL_COLUMNS) or (not similar and dataset_text_field in columns):
+    if any({*known} <= columns for known in DATASET_COLUMNS) or (not similar and dataset_text_field in columns):
         return dataset
     if schema is None:
         known = [f"{name} ({', '.join((*question, answer))})" for name, (question, answer) in _SCHEMAS.items()]

@@ -1,42 +1,48 @@
-"""From rows of any type to tokens, each with a region: whole rows are rendered and tokenized, as TRL does it."""
+"""
+From rows of any type to tokens, each with a region and the data weight that messages give it.
 
-import copy
+1. A row is a text, a prompt and a completion, or a conversation. Whole rows are rendered and tokenized, as TRL does it.
+2. Texts: the completion is what follows the tokens of the prompt.
+3. Conversations: `weigh_conversation` tells regions and data weights.
+"""
+
 import itertools
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import has_generation_markers
-from trl.data_utils import maybe_convert_to_chatml
 
 from .._upstream import common_prefix_length, tokenize_messages
-from ..conversation.messages import Messages, check_answer, check_messages, check_unicode
-from ..conversation.turn_weights import turn_weights
+from ..conversation.chat_template import check_marks
+from ..conversation.messages import check_answer, check_unicode, read_messages
+from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation, TemplateMemory
 from ..weights import StructureWeights
 
 
 logger = get_logger(__name__)
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # What `apply_chat_template` does not pass to the template, but uses itself once it has rendered
 _OF_TOKENIZER = {"max_length", "padding", "return_tensors", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
-_NO_MARK_MESSAGE = (
-    "the chat template marks no token of the assistant's turns. Check where its `{% generation %}` stands."
-)
-
-_ALL_ONE = np.zeros(0, np.float32)
 
 Row = dict[str, Any]
+
+
+class TokenizedRow(NamedTuple):
+    """The tokens of a row, their regions (1 completion, 0 prompt), and the data weights that messages give them."""
+
+    input_ids: list[int]
+    regions: list[int]
+    weights: np.ndarray
 
 
 @dataclass
 class RowTokenizer:
     """
-    Tokenizes rows of one type. Called with some of them, returns of each `"input_ids"`, the region of each token
-    (`"completion_mask"`) and the weight that messages give it (`"turn_weights"`, empty where all are 1).
+    Tokenizes rows of one type. Called with some of them, it returns a [`TokenizedRow`] for each.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -44,13 +50,13 @@ class RowTokenizer:
         columns (`tuple[str, ...]`):
             What is tokenized: `"prompt"` and `"completion"`, or one column.
         of_messages (`bool`):
-            Whether they hold messages, or turns of ShareGPT (`"conversations"`), and not texts.
+            Whether the columns hold messages, or turns of ShareGPT, and not texts.
         chat_template (`str`, *optional*):
             Template of messages. Defaults to the own one.
         tool_template (`str`, *optional*):
             Template of `"messages"` in rows with tools.
         assistant_only (`bool`):
-            Whether of a completion only what the template marks as the assistant's is completion.
+            Whether only those tokens of a completion are completion that the template marks as the assistant's.
         structure ([`StructureWeights`]):
             What roles and the template's own tokens weigh, and which turns are completion.
 
@@ -73,66 +79,60 @@ class RowTokenizer:
     def __reduce__(self):  # without the memory, on which no token depends: the hash of the cache would
         return type(self), tuple(getattr(self, each.name) for each in fields(self))
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
+    def __call__(self, rows: list[Row]) -> list[TokenizedRow]:
         if not self.of_messages:
             return self._tokenize_texts(rows)
         return self._tokenize_conversations(rows) if len(self.columns) == 1 else self._tokenize_pairs(rows)
 
-    def _tokenize_texts(self, rows: list[Row]) -> list[Row]:
+    def _tokenize_texts(self, rows: list[Row]) -> list[TokenizedRow]:
         for row in rows:
             for column in self.columns:
                 _check_text(row, column)
         eos_token = self._memory.tokens.tokenizer.eos_token or ""
         texts = ["".join(row[column] for column in self.columns) for row in rows]
         # As TRL, which looks at the end of the completion alone
-        ends = [eos_token if not row[self.columns[-1]].endswith(eos_token) else "" for row in rows]
+        ends = ["" if row[self.columns[-1]].endswith(eos_token) else eos_token for row in rows]
         whole = self._encode([text + end for text, end in zip(texts, ends, strict=True)], add_special_tokens=True)
         if len(self.columns) == 1:
-            return [_tokenized(input_ids, [1] * len(input_ids)) for input_ids in whole]
-        prompts = self._encode([row["prompt"] for row in rows], add_special_tokens=True)
-        return [_tokenized(ids, self._regions(ids, prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
+            regions = [[1] * len(input_ids) for input_ids in whole]
+        else:
+            prompts = self._encode([row["prompt"] for row in rows], add_special_tokens=True)
+            regions = [_regions(input_ids, prompt) for input_ids, prompt in zip(whole, prompts, strict=True)]
+        return [
+            TokenizedRow(ids, of_ids, np.ones(len(ids), np.float32)) for ids, of_ids in zip(whole, regions, strict=True)
+        ]
 
-    def _tokenize_conversations(self, rows: list[Row]) -> list[Row]:
-        conversations = [self._conversation(row) for row in rows]
-        only_last = self.structure.completion_turns == "last"
+    def _tokenize_conversations(self, rows: list[Row]) -> list[TokenizedRow]:
         tokenized = []
-        for is_marked, group in itertools.groupby(conversations, _is_marked):
-            members = [*group]
-            for conversation, tokens in zip(members, self._encode_conversations(members, is_marked), strict=True):
-                input_ids = tokens["input_ids"]
-                if not is_marked:
-                    masks = conversation.assistant_masks(input_ids, only_last)
-                elif only_last:
-                    masks = conversation.keep_last_answer(tokens["assistant_masks"], input_ids)
-                else:
-                    masks = tokens["assistant_masks"]
-                if 1 not in masks:
-                    raise ValueError(_NO_MARK_MESSAGE)
-                tokenized.append(
-                    _tokenized(input_ids, masks, turn_weights(conversation, input_ids, self.structure, masks))
-                )
+        for has_marks, group in itertools.groupby(map(self._conversation, rows), _has_marks):
+            conversations = [*group]
+            for conversation, tokens in zip(
+                conversations, self._encode_conversations(conversations, has_marks), strict=True
+            ):
+                marked = tokens["assistant_masks"] if has_marks else None
+                weighed = weigh_conversation(conversation, tokens["input_ids"], marked, self.structure)
+                check_marks(weighed[0])
+                tokenized.append(TokenizedRow(tokens["input_ids"], *weighed))
         return tokenized
 
     def _conversation(self, row: Row) -> Conversation:
         (column,) = self.columns
-        messages = _messages(row, column)
+        messages = read_messages(row, column)
         check_answer(messages, column)
         template = self.tool_template if row.get("tools") and self.tool_template else self.chat_template
         return Conversation(messages, self.processing_class, template, row, self._memory)
 
-    def _tokenize_pairs(self, rows: list[Row]) -> list[Row]:
+    def _tokenize_pairs(self, rows: list[Row]) -> list[TokenizedRow]:
         conversations, prompts, texts = [], [], []
         for row in rows:
-            prompt, completion = (_messages(row, name) for name in self.columns)
+            prompt, completion = (read_messages(row, name) for name in self.columns)
             check_answer(completion, "completion")
             conversation = Conversation(
                 prompt + completion, self.processing_class, self.chat_template, row, self._memory
             )
-            text = conversation.render(prompt, add_generation_prompt=True)
-            conversation.check_prompt(len(prompt), text)
             conversations.append(conversation)
             prompts.append(prompt)
-            texts.append(text)
+            texts.append(conversation.render_prompt(len(prompt)))
         if self._tokenizes_what_is_rendered(conversations):
             prompt_ids = self._encode(texts, add_special_tokens=False)
         else:
@@ -144,17 +144,14 @@ class RowTokenizer:
             ]
         tokenized = []
         whole = self._encode_conversations(conversations, self.assistant_only)
-        for conversation, prompt, ids, tokens in zip(conversations, prompts, prompt_ids, whole, strict=True):
+        for conversation, prompt, of_prompt, tokens in zip(conversations, prompts, prompt_ids, whole, strict=True):
             input_ids = tokens["input_ids"]
-            regions = self._regions(input_ids, ids)
+            marked = _regions(input_ids, of_prompt)
             if self.assistant_only:
-                if 1 not in tokens["assistant_masks"]:
-                    raise ValueError(_NO_MARK_MESSAGE)
-                regions = [*map(min, regions, tokens["assistant_masks"])]
-            if self.structure.completion_turns == "last" and len(prompt) < len(conversation.messages) - 1:
-                regions = [*map(min, regions, conversation.assistant_masks(input_ids, only_last=True))]
-            weights = turn_weights(conversation, input_ids, self.structure, regions, len(prompt))
-            tokenized.append(_tokenized(input_ids, regions, weights))
+                check_marks(tokens["assistant_masks"])
+                marked = [*map(min, marked, tokens["assistant_masks"])]
+            weighed = weigh_conversation(conversation, input_ids, marked, self.structure, len(prompt))
+            tokenized.append(TokenizedRow(input_ids, *weighed))
         return tokenized
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -186,40 +183,23 @@ class RowTokenizer:
             tokens += [{"input_ids": input_ids, "assistant_masks": masks} for input_ids, masks in columns]
         return tokens
 
-    def _regions(self, input_ids: list[int], prompt_ids: list[int]) -> list[int]:
-        """Returns 0 for the tokens that a prompt has alone too, and 1 for the others, as TRL tells the completion."""
-        length = len(prompt_ids)
-        if input_ids[:length] != prompt_ids:
-            length = common_prefix_length(prompt_ids, input_ids)
-            logger.warning_once(
-                "The tokens of a prompt alone are not the first ones of prompt and completion, because tokens merge "
-                "across the boundary or the chat template renders the prompt differently. The completion starts where "
-                "they part. To avoid it, end the prompt where a token ends: a completion that starts with a space "
-                "rather than a prompt that ends in one."
-            )
-        return [0] * length + [1] * (len(input_ids) - length)
+
+def _regions(input_ids: list[int], prompt_ids: list[int]) -> list[int]:
+    """Returns 0 for the tokens that a prompt has alone too, and 1 for the others, as TRL tells the completion."""
+    length = len(prompt_ids)
+    if input_ids[:length] != prompt_ids:
+        length = common_prefix_length(prompt_ids, input_ids)
+        logger.warning_once(
+            "The tokens of a prompt alone are not the first ones of prompt and completion, because tokens merge across "
+            "the boundary or the chat template renders the prompt differently. The completion starts where they part. "
+            "To avoid it, end the prompt where a token ends: a completion that starts with a space rather than a "
+            "prompt that ends in one."
+        )
+    return [0] * length + [1] * (len(input_ids) - length)
 
 
-def _is_marked(conversation: Conversation) -> bool:
+def _has_marks(conversation: Conversation) -> bool:
     return has_generation_markers(conversation.template_kwargs["chat_template"])
-
-
-def _tokenized(input_ids: list[int], regions: list[int], turn_weights: np.ndarray = _ALL_ONE) -> Row:
-    return {"input_ids": input_ids, "completion_mask": regions, "turn_weights": turn_weights}
-
-
-def _messages(row: Row, column: str) -> Messages:
-    """
-    Returns the messages of a column. ShareGPT calls role and content `from` and `value`, the user `human` and the
-    assistant `gpt`, which chat templates do not know.
-    """
-    turns = row.get(column)
-    has_turns = isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
-    if not has_turns and column != "conversations":
-        return check_messages(turns, column)
-    converted = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
-    messages = check_messages(converted, column)
-    return [{**m, "role": SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]
 
 
 def _check_text(row: Row, column: str) -> None:

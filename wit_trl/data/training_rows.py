@@ -11,8 +11,8 @@ from trl import pack_dataset
 
 from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
-from ..report.weight_report import STREAMED_ROWS, RowLengths
-from .preparation import TARGET_COLUMNS, DataPreparation
+from .preparation import DataPreparation
+from .prepared_rows import STREAMED_ROWS, TARGET_COLUMNS, RowLengths
 from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
 
 
@@ -59,12 +59,11 @@ def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPrep
     regions = [column for column, weight in zip(TARGET_COLUMNS, weights, strict=True) if weight]
     drops = args.max_length is not None and not args.packing
 
+    _check_targets(whole, regions, preparation)
     if isinstance(whole, IterableDataset):
-        _check_targets(whole, regions, preparation)
         kept = whole.filter(lambda row: any(row[region] for region in regions)) if drops else whole
         return TrainingRows(pack(kept, preparation) if preparation.packing else kept)
 
-    _check_targets(whole, regions, preparation)
     kept = whole
     if drops:
         columns = whole.select_columns(regions).with_format("arrow")[:]
@@ -81,7 +80,12 @@ def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPrep
 
 
 def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparation: DataPreparation) -> None:
-    """Reads rows until one has a target, and one its completion. Of a long stream nobody can tell of the latter."""
+    """
+    Raises `ValueError` if no row has a target, or if truncation takes every completion.
+
+    It reads rows until one has a target and one keeps its completion. A stream may have no end, so its completions are
+    looked for in the first rows only.
+    """
     args = preparation.args
     has_target, lost, keeps_completion = False, False, args.completion_loss_weight == 0
     for number, row in enumerate(rows.select_columns([*regions, "completion_length", "completion_lost"])):
@@ -108,7 +112,7 @@ def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparat
 
 
 def _truncation(rows: Dataset | IterableDataset, args: WITSFTConfig) -> str:
-    """What an error says of it, of all rows or of the first ones of a stream, which may have no end."""
+    """Returns what an error says of truncation. A stream may have no end, so its first rows tell."""
     column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
     columns = rows.select_columns([column])
     found = [

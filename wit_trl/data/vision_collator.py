@@ -1,12 +1,11 @@
 """`DataCollatorForVisionLanguageWIT`: TRL's batches of text and images, with a weight for each token."""
 
 import copy
-import functools
 import itertools
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,11 +18,12 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .._upstream import record_replacements
-from ..conversation.chat_template import chosen_chat_template
-from ..conversation.messages import check_answer, check_messages
-from ..conversation.turn_weights import turn_weights
+from ..conversation.chat_template import check_marks, chosen_chat_template
+from ..conversation.messages import check_answer, read_messages
+from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
 from ..weights import NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight, set_targets
+from .prepared_rows import prepared_row
 
 
 logger = logging.get_logger(__name__)
@@ -100,25 +100,16 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         return StructureWeights(self.role_loss_weights or {}, self.chat_template_loss_weight, self.completion_turns)
 
     def tokenize_rows(self, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """
-        Yields each example as the row that is trained on: `"input_ids"`, and of each token the region and the weight
-        that the data gives it, with the [`RowLengths`] as columns.
-        """
+        """Yields each example as the row that is trained on, with the columns of [`prepared_row`]."""
         whole = copy.copy(self)
         whole.max_length, whole.prompt_loss_weight, whole.completion_loss_weight = None, 1.0, 1.0
         for example in examples:
-            batch = whole.torch_call([example])
+            batch = whole([example])
             length = int(batch["attention_mask"].sum())
-            names = ("input_ids", "completion_mask", "token_weights")
-            tokens = {name: batch[name][0, :length].tolist() for name in names}
-            row = {name: values[: self.max_length] for name, values in tokens.items()}
-            regions, left = tokens["completion_mask"], row["completion_mask"]
-            yield row | {
-                "prompt_length": regions.count(0),
-                "completion_length": regions.count(1),
-                "truncated": len(left) < len(regions),
-                "completion_lost": 1 in regions and 1 not in left,
-            }
+            input_ids, regions = (batch[name][0, :length].tolist() for name in ("input_ids", "completion_mask"))
+            weights = batch["token_weights"][0, :length].numpy()
+            row = prepared_row(input_ids, regions, weights, slice(self.max_length))
+            yield row | {"token_weights": row["token_weights"].tolist()}
 
     def tokenize_first_rows(self, dataset: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """
@@ -144,32 +135,32 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         columns = _columns(examples[0], self.dataset_text_field)
-        if columns == ["prompt", "completion"]:  # where TRL would take a text
-            examples = [{k: v for k, v in row.items() if k != self.dataset_text_field} for row in examples]
-        mark_turns = columns == ["messages"] and not has_generation_markers(self._training_template)
-        self.completion_only_loss = columns == ["prompt", "completion"]
-        self.assistant_only_loss = columns == ["messages"] and not mark_turns
-        if columns == ["messages"]:
-            self.chat_template = self._training_template
-        elif columns == [self.dataset_text_field]:
+        is_pair, is_messages = columns == ["prompt", "completion"], columns == ["messages"]
+        chat_template = (self.chat_template or chosen_chat_template(self.processor)) if is_messages else None
+        has_marks = is_messages and has_generation_markers(chat_template)
+        image_texts: set[str] = set()
+        settings = {each.name: getattr(self, each.name) for each in fields(DataCollatorForVisionLanguageModeling)}
+        settings |= {
+            "processor": record_replacements(self.processor, image_texts),
+            "chat_template": chat_template,
+            "completion_only_loss": is_pair,
+            "assistant_only_loss": has_marks,
+        }
+        collate = DataCollatorForVisionLanguageModeling(**settings).torch_call
+        if columns == [self.dataset_text_field]:
             logger.warning_once(NO_PROMPT_MESSAGE)
         rows, row_weights, conversations = [], [], []
         for position, example in enumerate(examples):
             with _naming(position, example, columns):
-                row = _complete_row(example, columns)
-                rows.append(row)
+                row = _complete_row(example, columns, self.dataset_text_field)
                 row_weights.append(check_weight(row.get("weight"), "`weight`"))
-                conversation = self._conversation(row, columns) if is_conversational(row) else None
+                conversation = self._conversation(row, columns, chat_template)
                 if conversation is None and self.structure_weights != StructureWeights():
                     raise ValueError(NO_CONVERSATION_MESSAGE)
-                if conversation is not None and self.completion_only_loss:
-                    prompt = conversation.messages[: len(row["prompt"])]
-                    conversation.check_prompt(len(prompt), conversation.render(prompt, add_generation_prompt=True))
+                if conversation is not None and is_pair:
+                    conversation.render_prompt(len(row["prompt"]))
+                rows.append(row)
                 conversations.append(conversation)
-        collator = copy.copy(self)
-        image_texts: set[str] = set()
-        collator.processor = record_replacements(self.processor, image_texts)
-        collate = super(DataCollatorForVisionLanguageWIT, collator).torch_call
         try:
             batch = collate([{**row} for row in rows])  # it changes what it gets
         except _ROW_ERRORS:
@@ -180,8 +171,6 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         if batch["input_ids"].size(1) == 0:
             raise ValueError("No example of the batch has a token. Remove such rows.")
 
-        structure = self.structure_weights
-        only_last = structure.completion_turns == "last"
         region = (batch["labels"] != -100).long()
         data_weights = torch.tensor(row_weights)[:, None].repeat(1, region.size(1))
         for position, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
@@ -190,25 +179,17 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             with _naming(position, row, columns):
                 length = int(batch["attention_mask"][position].sum())  # the padding is on the right
                 input_ids = batch["input_ids"][position, :length].tolist()
-                prompt, completion = row.get("prompt", ()), row.get("completion", ())
-                if mark_turns or (only_last and len(completion) > 1):
-                    masks = torch.tensor(conversation.assistant_masks(input_ids, only_last))
-                    region[position, :length] = masks if mark_turns else masks.minimum(region[position, :length])
-                elif only_last and columns == ["messages"]:
-                    kept = conversation.keep_last_answer(region[position, :length].tolist(), input_ids)
-                    region[position, :length] = torch.tensor(kept)
-                regions = region[position, :length].tolist()
-                of_turns = turn_weights(conversation, input_ids, structure, regions, len(prompt))
-                if len(of_turns):
-                    data_weights[position, :length] *= torch.from_numpy(of_turns)
-                weights = {(turn.get("weight"), structure.role_loss_weights.get(turn["role"])) for turn in completion}
-                if len(weights) > 1 or (only_last and len(completion) > 1):
+                marked = region[position, :length].tolist() if is_pair or has_marks else None
+                first_answer = len(row["prompt"]) if is_pair else 0
+                if self._has_turns_of_their_own(row.get("completion", ())):
                     _check_same_tokens(conversation, input_ids)
-                if columns == ["messages"] and length != self.max_length and not region[position].any():
-                    raise ValueError(
-                        "the chat template marks no token of the assistant's turns. Put `{% generation %}` around "
-                        "what it renders for them, or remove these marks from the template."
-                    )
+                regions, weights = weigh_conversation(
+                    conversation, input_ids, marked, self.structure_weights, first_answer
+                )
+                if is_messages and length != self.max_length:
+                    check_marks(regions)
+                region[position, :length] = torch.tensor(regions)
+                data_weights[position, :length] *= torch.from_numpy(weights)
 
         region[batch["attention_mask"] == 0] = -100
         region[torch.isin(batch["input_ids"], self._placeholder_ids(image_texts))] = -100
@@ -216,9 +197,11 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         set_targets(batch, region, data_weights, self.prompt_loss_weight, self.completion_loss_weight)
         return batch
 
-    @functools.cached_property
-    def _training_template(self) -> str:
-        return self.chat_template or chosen_chat_template(self.processor)
+    def _has_turns_of_their_own(self, completion: Sequence[dict[str, Any]]) -> bool:
+        """Whether turns of a completion have different weights or regions, so that their tokens are looked for."""
+        structure = self.structure_weights
+        weights = {(turn.get("weight"), structure.role_loss_weights.get(turn["role"])) for turn in completion}
+        return len(weights) > 1 or (structure.completion_turns == "last" and len(completion) > 1)
 
     def _placeholder_ids(self, image_texts: set[str]) -> torch.Tensor:
         """
@@ -232,21 +215,22 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             ids |= added.intersection(tokenizer(text, add_special_tokens=False)["input_ids"])
         return torch.tensor(sorted(ids - {None, tokenizer.unk_token_id}), dtype=torch.long)
 
-    def _conversation(self, row: dict[str, Any], columns: list[str]) -> Conversation:
-        """The conversation as TRL's collator renders it: `"messages"` with `chat_template`, else with the own one."""
+    def _conversation(self, row: dict[str, Any], columns: list[str], chat_template: str | None) -> Conversation | None:
+        """Returns a row's conversation as TRL's collator renders it, or `None` if the row is a text."""
+        if not is_conversational(row):
+            return None
         messages = prepare_multimodal_messages(row[columns[0]], images=row["images"])
         template_kwargs = {"return_tensors": "pt", "processor_kwargs": {"add_special_tokens": False}}
-        if self.completion_only_loss:
-            messages += prepare_multimodal_messages(row["completion"])
+        for name in columns[1:]:
+            messages += prepare_multimodal_messages(row[name])
             template_kwargs |= row.get("chat_template_kwargs") or {}
-        template = None if self.completion_only_loss else self.chat_template
-        return Conversation(messages, self.processor, template, {"chat_template_kwargs": template_kwargs})
+        return Conversation(messages, self.processor, chat_template, {"chat_template_kwargs": template_kwargs})
 
 
 def check_rows(rows: list[dict[str, Any]], text_field: str) -> list[dict[str, Any]]:
     """Raises `ValueError` for what is wrong in an example but for its images."""
     for row in rows:
-        check_weight(_complete_row(row, _columns(row, text_field)).get("weight"), "`weight`")
+        check_weight(_complete_row(row, _columns(row, text_field), text_field).get("weight"), "`weight`")
     return [{"checked": True}] * len(rows)
 
 
@@ -266,8 +250,11 @@ def _naming(position: int, example: dict[str, Any], columns: list[str]) -> Itera
         raise ValueError(f"Example {position} of the batch, {content}: {error}") from error
 
 
-def _complete_row(example: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+def _complete_row(example: dict[str, Any], columns: list[str], text_field: str) -> dict[str, Any]:
     """Returns a copy of an example with a list of `"images"`, in which nothing is missing."""
+    row = {**example, "images": example.get("images") or []}
+    if text_field not in columns:  # which TRL would take
+        row.pop(text_field, None)
     for column in columns:
         value = example.get(column)
         if value is None:
@@ -276,10 +263,9 @@ def _complete_row(example: dict[str, Any], columns: list[str]) -> dict[str, Any]
                 "or a text. Add it, or remove such rows."
             )
         if isinstance(value, list):
-            check_messages(value, column)
+            row[column] = read_messages(example, column)
             if column != "prompt":
-                check_answer(value, column)
-    row = {**example, "images": example.get("images") or []}
+                check_answer(row[column], column)
     if not isinstance(row["images"], list):
         raise ValueError(f"`images` must be a list, but is {row['images']!r}. Name a single one `image`.")
     if row.pop("image", None) is not None:

@@ -15,15 +15,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .._upstream import get_dataset_column_names
+from ..data.prepared_rows import LENGTH_COLUMNS, STREAMED_ROWS, RowLengths
 from ..weights import REGIONS, StructureWeights, token_regions, token_weights
 
 
 logger = get_logger(__name__)
 
-# Rows that are counted at most: of a stream, each is prepared for it; of rows that nobody prepared, each is read in
-# Python; of a prepared `Dataset`, a million take a few seconds
-STREAMED_ROWS, STORED_ROWS = 1000, 1_000_000
+# Rows of a prepared `Dataset` that are counted at most, which takes a few seconds. Of others, `STREAMED_ROWS` are
+# counted: each row of a stream is prepared for it, and each row that nobody prepared is read in Python
+STORED_ROWS = 1_000_000
 # Next to `completion_mask` and `token_weights`, which hold all of it once rows are prepared
 _COLUMNS_THE_COLLATOR_READS = {"labels", "assistant_masks", "attention_mask", "weight"}
 # Below this share of the weight a region is as good as left out
@@ -31,64 +31,26 @@ NEGLIGIBLE_SHARE = 0.001
 
 
 @dataclass(frozen=True)
-class RowLengths:
-    """
-    What rows were before truncation, packing and dropping, as the preparation notes it in columns of these names.
-
-    Args:
-        prompt_length (`np.ndarray`): Number of prompt tokens of each row, its first token included.
-        completion_length (`np.ndarray`): Number of completion tokens of each row.
-        truncated (`np.ndarray`): Whether the row is cut to `max_length`.
-        completion_lost (`np.ndarray`): Whether it loses all completion tokens in this way.
-    """
-
-    prompt_length: np.ndarray
-    completion_length: np.ndarray
-    truncated: np.ndarray
-    completion_lost: np.ndarray
-
-    @classmethod
-    def read(cls, dataset: Dataset | IterableDataset | list[dict[str, Any]]) -> "RowLengths | None":
-        """Returns the lengths of all rows, or of the first rows of a stream. `None` if no preparation noted them."""
-        columns = dataset[0] if isinstance(dataset, list) else get_dataset_column_names(dataset)
-        if not {*LENGTH_COLUMNS} <= {*columns}:
-            return None
-        if isinstance(dataset, list):
-            dataset = Dataset.from_list(dataset)
-        if isinstance(dataset, IterableDataset):
-            dataset = dataset.take(STREAMED_ROWS)
-        columns = {name: [np.zeros(0, int)] for name in LENGTH_COLUMNS}
-        for table in dataset.select_columns(list(LENGTH_COLUMNS)).with_format("arrow").iter(batch_size=10_000):
-            for name, arrays in columns.items():
-                arrays.append(table[name].to_numpy())
-        return cls(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
-
-
-LENGTH_COLUMNS = tuple(RowLengths.__dataclass_fields__)
-
-
-@dataclass(frozen=True)
 class WeightReport:
     """
-    What the weights do to a training set. See [`weigh`]. Prints as a table with rich.
+    What the weights do to a training set. [`weigh`] makes it. Prints as a table with rich.
 
     Args:
-        rows (`int`): Rows that were counted.
+        rows (`int`): Number of rows that were counted.
         partial (`bool`): Whether these are only the first rows.
         loss_weights (`tuple[float, float]`): Weight of a prompt token and of a completion token.
-        tokens (`dict[int, int]`): Tokens of each region: 0 prompt, 1 completion, -100 never a target (padding, and the
-            first token of every document, which nothing predicts).
-        nonzero (`dict[int, int]`): Those of them whose weight is not zero.
-        weight (`dict[int, float]`): Sum of their weights.
-        data_weights (`tuple[float, float]`): The smallest and the largest weight that the data gives a token by itself.
-        gradient_scale (`float`, *optional*): Factor by which the gradient of the completion is scaled against
-            conventional tuning. `None` if no completion token has a weight in the data.
+        tokens (`dict[int, int]`): Number of tokens of each region: 0 prompt, 1 completion, -100 never a target
+            (padding, and the first token of every document, which nothing predicts).
+        data_nonzero (`dict[int, int]`): Number of those whose data weight is not zero.
+        data_weight (`dict[int, float]`): Sum of their data weights.
+        data_weights (`tuple[float, float]`): The smallest and the largest data weight of a token.
         lengths (`tuple[np.ndarray, np.ndarray]`): Number of prompt tokens and of completion tokens of each row or
-            document, before truncation and with the rows that were dropped, where that is known.
-        truncated (`int`, *optional*): Rows cut to `max_length`. `None` if unknown.
-        without_completion (`int`, *optional*): Rows that lost their whole completion in this way. `None` if unknown.
-        dropped (`int`, *optional*): Rows dropped because no token of non-zero weight was left. `None` if unknown.
-        structure ([`StructureWeights`]): What roles and the chat template's own tokens were given.
+            document. Where the preparation noted it, that is before truncation and with the rows that were dropped.
+        truncated (`int`, *optional*): Number of rows that are cut to `max_length`. `None` if unknown.
+        without_completion (`int`, *optional*): Number of rows that lose their whole completion so. `None` if unknown.
+        dropped (`int`, *optional*): Number of rows without a token of non-zero weight, which were dropped. `None` if
+            unknown.
+        structure ([`StructureWeights`]): Weights of roles and of the chat template's own tokens.
         loss_divisor (`str`): What the weighted sum is divided by, the `"count"` or the `"weights"`.
         token_factors (`str`, *optional*): What multiplies the loss of each token in training.
     """
@@ -97,17 +59,42 @@ class WeightReport:
     partial: bool
     loss_weights: tuple[float, float]
     tokens: dict[int, int]
-    nonzero: dict[int, int]
-    weight: dict[int, float]
+    data_nonzero: dict[int, int]
+    data_weight: dict[int, float]
     data_weights: tuple[float, float]
-    gradient_scale: float | None
     lengths: tuple[np.ndarray, np.ndarray]
     truncated: int | None
     without_completion: int | None
-    dropped: int | None
+    dropped: int | None = None
     structure: StructureWeights = field(default_factory=StructureWeights)
     loss_divisor: str = "count"
     token_factors: str | None = None
+
+    @property
+    def nonzero(self) -> dict[int, int]:
+        """Number of tokens of each region whose weight is not zero."""
+        return {-100: 0} | {r: self.data_nonzero[r] if w else 0 for r, w in enumerate(self.loss_weights)}
+
+    @property
+    def weight(self) -> dict[int, float]:
+        """Sum of the weights of the tokens of each region."""
+        return {-100: 0.0} | {r: w * self.data_weight[r] for r, w in enumerate(self.loss_weights)}
+
+    @property
+    def gradient_scale(self) -> float | None:
+        r"""
+        Factor by which the gradient of the completion is scaled against conventional tuning, over the whole data set.
+        `None` if no completion token has a data weight.
+
+        With \\( N \\) the number of tokens of non-zero weight and \\( N_c \\) the number of completion tokens among
+        them, a completion token of weight \\( \lambda_r \\) has the share \\( \lambda_r / N \\) in the loss. In
+        conventional tuning, which has the weights (0, 1), it has \\( 1 / N_c \\). So the factor is \\( \lambda_r N_c /
+        N \\). Where the loss is divided by the sum of the weights, it is the completion's share of that.
+        """
+        part, total = self.loss_weights[1] * self.nonzero[1], float(sum(self.nonzero.values()))
+        if self.loss_divisor == "weights":
+            part, total = self.weight[1], sum(self.weight.values())
+        return part / total if self.data_nonzero[1] and total else None
 
     @property
     def negligible_regions(self) -> list[str]:
@@ -180,21 +167,11 @@ def weigh(
     rows: Dataset | IterableDataset | list[dict[str, Any]],
     loss_weights: tuple[float, float],
     lengths: RowLengths | None = None,
-    dropped: int | None = None,
     partial: bool | None = None,
-    structure: StructureWeights | None = None,
-    loss_divisor: str = "count",
-    token_factors: str | None = None,
 ) -> WeightReport:
-    r"""
-    Returns the [`WeightReport`] of a tokenized training set: of its first thousand rows if it is a stream or was not
-    prepared by the trainer, else of its first million.
-
-    With \\( N \\) the number of tokens of non-zero weight and \\( N_c \\) the number of completion tokens among them, a
-    completion token of weight \\( \lambda_r \\) has the share \\( \lambda_r / N \\) in the loss, and \\( 1 / N_c \\) in
-    conventional tuning, which has the weights (0, 1). So the gradient of the completion is scaled by
-    \\( \lambda_r N_c / N \\), over the whole data set. Where the loss is divided by the sum of the weights, it is the
-    share of the completion in that.
+    """
+    Returns the counts of a [`WeightReport`]: of the first thousand rows of a stream or of rows that the trainer did not
+    prepare, else of the first million.
 
     Args:
         rows (`Dataset`, `IterableDataset` or `list[dict]`):
@@ -202,17 +179,9 @@ def weigh(
         loss_weights (`tuple[float, float]`):
             Weight of a prompt token and of a completion token.
         lengths ([`RowLengths`], *optional*):
-            What the rows were before. Read from them if they tell.
-        dropped (`int`, *optional*):
-            Number of rows that were dropped.
+            What the rows were before. By default the rows tell, if they were prepared.
         partial (`bool`, *optional*):
-            Whether `rows` are only the first ones. Told by `rows` itself, unless it is a list of some of them.
-        structure ([`StructureWeights`], *optional*):
-            What roles and the chat template's own tokens were given, to be shown.
-        loss_divisor (`str`, *optional*, defaults to `"count"`):
-            What the weighted sum is divided by.
-        token_factors (`str`, *optional*):
-            What multiplies the loss of each token in training, to be shown.
+            Whether `rows` are only the first ones. By default `rows` tell.
 
     Raises:
         `ValueError`: a row is not tokenized, is read through a transform, or its masks or weights are wrong.
@@ -221,49 +190,45 @@ def weigh(
         raise ValueError(f"The rows of a `{type(rows).__name__}` cannot be counted without using them up.")
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         raise ValueError("The data set has a transform (`with_transform`), so its rows may differ at every reading.")
-    count, tokens, least, most = 0, dict.fromkeys(REGIONS, 0), np.inf, 0.0
-    nonzero, data_weight = dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0.0)
-    prompt_lengths, completion_lengths = [np.zeros(0, int)], [np.zeros(0, int)]
+    tokens, nonzero, data_weight = dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0.0)
+    least, most = np.inf, 0.0
+    by_region: tuple[list, list] = ([], [])
+    noted: list[RowLengths] = []
+    count = 0
     for batch in _batches(rows):
         count += batch.rows
-        for region, region_lengths in ((0, prompt_lengths), (1, completion_lengths)):
+        starts = batch.ends - batch.lengths
+        for region, region_lengths in enumerate(by_region):
             before = np.concatenate([[0], np.cumsum(batch.regions == region)])
-            region_lengths.append(before[batch.ends] - before[batch.ends - batch.lengths])
+            region_lengths.append(before[batch.ends] - before[starts])
         regions = batch.regions.copy()
-        regions[(batch.ends - batch.lengths)[batch.lengths > 0]] = -100  # nothing predicts the first token
+        regions[starts[batch.lengths > 0]] = -100  # nothing predicts the first token
         weights = batch.weights[regions >= 0]
         least, most = min(least, weights.min(initial=np.inf)), max(most, weights.max(initial=0))
         for region in REGIONS:
-            here = regions == region
-            tokens[region] += int(np.count_nonzero(here))
-            nonzero[region] += int(np.count_nonzero(batch.weights[here]))
-            data_weight[region] += float(batch.weights[here].sum(dtype=np.float64))
-    weighted_completion = nonzero[1]
-    nonzero = {region: nonzero[region] if region >= 0 and loss_weights[region] else 0 for region in REGIONS}
-    weight = {region: loss_weights[region] * data_weight[region] if region >= 0 else 0.0 for region in REGIONS}
-    part, total = loss_weights[1] * nonzero[1], float(sum(nonzero.values()))
-    if loss_divisor == "weights":
-        part, total = weight[1], sum(weight.values())
+            here = batch.weights[regions == region]
+            tokens[region] += len(here)
+            nonzero[region] += int(np.count_nonzero(here))
+            data_weight[region] += float(here.sum(dtype=np.float64))
+        if batch.noted is not None:
+            noted.append(batch.noted)
+    if lengths is None and noted:
+        lengths = RowLengths(*(np.concatenate([getattr(part, name) for part in noted]) for name in LENGTH_COLUMNS))
     if lengths is None:
-        lengths = RowLengths.read(rows)
+        prompt, completion = (np.concatenate(parts or [np.zeros(0, int)]) for parts in by_region)
+    else:
+        prompt, completion = lengths.prompt_length, lengths.completion_length
     return WeightReport(
         rows=count,
         partial=isinstance(rows, IterableDataset) or count < len(rows) if partial is None else partial,
         loss_weights=loss_weights,
         tokens=tokens,
-        nonzero=nonzero,
-        weight=weight,
+        data_nonzero=nonzero,
+        data_weight=data_weight,
         data_weights=(least, most),
-        gradient_scale=part / total if weighted_completion and total else None,
-        lengths=(np.concatenate(prompt_lengths), np.concatenate(completion_lengths))
-        if lengths is None
-        else (lengths.prompt_length, lengths.completion_length),
+        lengths=(prompt, completion),
         truncated=None if lengths is None else int(np.count_nonzero(lengths.truncated)),
         without_completion=None if lengths is None else int(np.count_nonzero(lengths.completion_lost)),
-        dropped=dropped,
-        structure=structure or StructureWeights(),
-        loss_divisor=loss_divisor,
-        token_factors=token_factors,
     )
 
 
@@ -311,32 +276,39 @@ class _Batch:
     ends: np.ndarray
     regions: np.ndarray
     weights: np.ndarray
+    noted: RowLengths | None
 
 
 def _batches(rows: Dataset | IterableDataset | list[dict[str, Any]]) -> Iterator[_Batch]:
-    """Yields the first rows in batches."""
-    columns = set() if isinstance(rows, list) else {*get_dataset_column_names(rows)}
-    is_prepared = {"completion_mask", "token_weights"} <= columns and columns.isdisjoint(_COLUMNS_THE_COLLATOR_READS)
-    if is_prepared and not isinstance(rows, list):
+    """Yields the first rows in batches. It reads a stream once."""
+    if isinstance(rows, Dataset) and _is_prepared(rows.column_names):
         # `take` of more rows than there are is an error before datasets 5.2
-        count = STREAMED_ROWS if isinstance(rows, IterableDataset) else min(STORED_ROWS, len(rows))
-        dataset = rows.take(count)
+        dataset = rows.take(min(STORED_ROWS, len(rows)))
     else:
-        dataset = _read_as_the_collator(itertools.islice(rows, STREAMED_ROWS))
-        columns = {*dataset.column_names}
-    names = ["completion_mask", "token_weights"] + ["seq_lengths"] * ("seq_lengths" in columns)
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
-        arrays = {name: pc.list_flatten(table[name]).to_numpy() for name in names}
+        first = list(itertools.islice(rows, STREAMED_ROWS))
+        if not first or not _is_prepared(first[0]):
+            first = [_read_as_the_collator(row) for row in first]
+        dataset = Dataset.from_list(first)
+    names = ["completion_mask", "token_weights"]
+    optional = [name for name in ("seq_lengths", *LENGTH_COLUMNS) if name in dataset.column_names]
+    has_lengths = {*LENGTH_COLUMNS} <= {*optional}
+    for table in dataset.select_columns(names + optional).with_format("arrow").iter(batch_size=1000):
+        regions, weights = (pc.list_flatten(table[name]).to_numpy() for name in names)
         # Of the documents of a packed row, else of rows
-        lengths = arrays["seq_lengths"] if "seq_lengths" in arrays else pc.list_value_length(table[names[0]]).to_numpy()
+        if "seq_lengths" in optional:
+            lengths = pc.list_flatten(table["seq_lengths"]).to_numpy()
+        else:
+            lengths = pc.list_value_length(table["completion_mask"]).to_numpy()
         lengths = lengths.astype(np.int64)
-        yield _Batch(len(table), lengths, np.cumsum(lengths), arrays["completion_mask"], arrays["token_weights"])
+        noted = RowLengths(*(table[name].to_numpy() for name in LENGTH_COLUMNS)) if has_lengths else None
+        yield _Batch(len(table), lengths, np.cumsum(lengths), regions, weights, noted)
 
 
-def _read_as_the_collator(rows: Iterable[dict[str, Any]]) -> Dataset:
-    """Returns rows that nobody prepared with the regions and weights that the collator reads from them."""
-    read = []
-    for row in rows:
-        whole = {"completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
-        read.append(whole | {name: row[name] for name in ("seq_lengths",) if name in row})
-    return Dataset.from_list(read)
+def _is_prepared(columns: Iterable[str]) -> bool:
+    return {"completion_mask", "token_weights"} <= {*columns} and _COLUMNS_THE_COLLATOR_READS.isdisjoint(columns)
+
+
+def _read_as_the_collator(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the regions and data weights that the collator reads from a row that nobody prepared."""
+    read = {"completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
+    return read | {name: row[name] for name in ("seq_lengths",) if name in row}

@@ -1,7 +1,16 @@
-"""Sums over tokens, which any number of micro-batches and ranks can add to, and the means that are logged."""
+"""
+The metrics: sums over tokens, to which any number of micro-batches and ranks can add, and the means that are logged.
+
+1. `token_terms` gives what each target adds to each sum of `TERMS`.
+2. `TrainingSums` and `EvaluationSums` add the terms up, over micro-batches and ranks.
+3. `means` divides sums by sums, as `MEANS` says.
+
+A new metric is a line in `MEANS`, and one in `TERMS` if it needs a new sum.
+"""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -9,93 +18,81 @@ from accelerate import Accelerator
 from .._upstream import FusedCausalLMOutput
 
 
-class TokenSums(NamedTuple):
+@dataclass(frozen=True)
+class Targets:
+    """The scored targets of a batch. All fields are of shape `(B, T)`."""
+
+    nll: torch.Tensor  # negative log-likelihood, in nats
+    entropy: torch.Tensor  # of the prediction, in nats
+    correct: torch.Tensor  # whether the target is the most likely token
+    weights: torch.Tensor
+    prompt: torch.Tensor  # whether the target is a prompt token
+    completion: torch.Tensor
+
+
+# What a target adds to each sum, by the name of the sum
+TERMS = {
+    "prompt_nll": lambda t: t.nll * t.prompt,
+    "prompt_count": lambda t: t.prompt,
+    "prompt_correct": lambda t: t.correct & t.prompt,
+    "completion_nll": lambda t: t.nll * t.completion,
+    "completion_count": lambda t: t.completion,
+    "completion_correct": lambda t: t.correct & t.completion,
+    "weighted_nll": lambda t: t.nll * t.weights,
+    "weighted_count": lambda t: t.weights != 0,
+    "weighted_entropy": lambda t: t.entropy * (t.weights != 0),
+    "weighted_correct": lambda t: t.correct & (t.weights != 0),
+    "weight": lambda t: t.weights,
+}
+# The metrics, by name: the sum, and what it is divided by. Those of a region are logged if it has tokens
+MEANS = {
+    "prompt_loss": ("prompt_nll", "prompt_count"),
+    "prompt_mean_token_accuracy": ("prompt_correct", "prompt_count"),
+    "completion_loss": ("completion_nll", "completion_count"),
+    "completion_mean_token_accuracy": ("completion_correct", "completion_count"),
+}
+# Those that TRL logs too, of the tokens whose weight is not zero. They are 0 where there are none
+MEANS_OF_TRL = {
+    "entropy": ("weighted_entropy", "weighted_count"),
+    "mean_token_accuracy": ("weighted_correct", "weighted_count"),
+}
+# The loss, by `loss_divisor`
+LOSSES = {"count": ("weighted_nll", "weighted_count"), "weights": ("weighted_nll", "weight")}
+
+Sums = Mapping[str, float]
+
+
+def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """
-    Sums over scored tokens. Negative log-likelihoods (nll) and entropies are in nats.
+    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`.
 
     Args:
-        prompt_nll (`float`): Of prompt tokens, the negative log-likelihood.
-        prompt_count (`float`): Number of prompt tokens.
-        prompt_correct (`float`): Number of prompt tokens that are the most likely ones.
-        completion_nll (`float`): Of completion tokens, the negative log-likelihood.
-        completion_count (`float`): Number of completion tokens.
-        completion_correct (`float`): Number of completion tokens that are the most likely ones.
-        weighted_nll (`float`): Weight times negative log-likelihood, of all tokens.
-        weighted_count (`float`): Number of tokens whose weight is not zero.
-        weighted_entropy (`float`): Of these, the entropy of the prediction, unweighted.
-        weighted_correct (`float`): Number of these that are the most likely ones.
-        weight (`float`): Sum of their weights.
-    """
-
-    prompt_nll: Any = 0.0
-    prompt_count: Any = 0.0
-    prompt_correct: Any = 0.0
-    completion_nll: Any = 0.0
-    completion_count: Any = 0.0
-    completion_correct: Any = 0.0
-    weighted_nll: Any = 0.0
-    weighted_count: Any = 0.0
-    weighted_entropy: Any = 0.0
-    weighted_correct: Any = 0.0
-    weight: Any = 0.0
-
-    def loss(self, divisor: str) -> float:
-        """
-        Returns the weighted loss, in nats: the sum over the number of tokens whose weight is not zero (`"count"`), or
-        over their weights (`"weights"`).
-        """
-        return self.weighted_nll / ((self.weighted_count if divisor == "count" else self.weight) or 1)
-
-    def metrics_of_trl(self) -> dict[str, float]:
-        """Returns the means that TRL logs, of the tokens whose weight is not zero."""
-        count = max(self.weighted_count, 1)
-        return {"entropy": self.weighted_entropy / count, "mean_token_accuracy": self.weighted_correct / count}
-
-    def metrics_by_region(self) -> dict[str, float]:
-        """Returns the unweighted means of each region that has tokens: loss, in nats per token, and accuracy."""
-        metrics = {}
-        if self.prompt_count:
-            metrics["prompt_loss"] = self.prompt_nll / self.prompt_count
-            metrics["prompt_mean_token_accuracy"] = self.prompt_correct / self.prompt_count
-        if self.completion_count:
-            metrics["completion_loss"] = self.completion_nll / self.completion_count
-            metrics["completion_mean_token_accuracy"] = self.completion_correct / self.completion_count
-        return metrics
-
-
-def loss_terms(
-    nll: torch.Tensor, outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor
-) -> torch.Tensor:
-    """
-    Returns what each token adds to each field of [`TokenSums`], in the order of the fields, `(B, T, 11)` in float32.
-
-    Args:
-        nll (`torch.Tensor` of shape `(B, T)`):
-            Negative log-likelihood of each target, in nats.
         outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
-            Its `entropy`, `is_top1` and `label_mask` are of shape `(B, T)`.
+            What `weighted_forward` returns. Its per-token fields are of shape `(B, T)`.
         weights (`torch.Tensor` of shape `(B, T)`):
             Weight of each target.
         regions (`torch.Tensor` of shape `(B, T)`):
             Region of each target: 1 completion, 0 prompt, -100 none.
     """
-    nll, entropy, correct = nll.float(), outputs.entropy.detach().float(), outputs.is_top1
-    prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
-    weighted = weights != 0
-    terms = TokenSums(
-        prompt_nll=nll * prompt,
-        prompt_count=prompt,
-        prompt_correct=correct & prompt,
-        completion_nll=nll * completion,
-        completion_count=completion,
-        completion_correct=correct & completion,
-        weighted_nll=nll * weights,
-        weighted_count=weighted,
-        weighted_entropy=entropy * weighted,
-        weighted_correct=correct & weighted,
-        weight=weights,
+    targets = Targets(
+        nll=-outputs.log_probs.float(),
+        entropy=outputs.entropy.detach().float(),
+        correct=outputs.is_top1,
+        weights=weights,
+        prompt=outputs.label_mask & (regions == 0),
+        completion=outputs.label_mask & (regions == 1),
     )
-    return torch.stack(terms, dim=-1)
+    return torch.stack([term(targets) for term in TERMS.values()], dim=-1)
+
+
+def means(sums: Sums) -> dict[str, float]:
+    """Returns the unweighted means of each region that has tokens: loss, in nats per token, and accuracy."""
+    return {name: sums[total] / sums[count] for name, (total, count) in MEANS.items() if sums[count]}
+
+
+def means_of_trl(sums: Sums) -> dict[str, float]:
+    """Returns the means that TRL logs."""
+    return {name: sums[total] / (sums[count] or 1) for name, (total, count) in MEANS_OF_TRL.items()}
 
 
 class TrainingSums:
@@ -108,14 +105,14 @@ class TrainingSums:
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
-        self._tokens = torch.zeros(len(TokenSums._fields), dtype=dtype, device=device)
+        self._tokens = torch.zeros(len(TERMS), dtype=dtype, device=device)
         self._aux_loss = torch.zeros((), dtype=dtype, device=device)
         self._num_tokens = torch.zeros((), dtype=dtype, device=device)
         self._micro_batches = 0
         self._has_aux_loss = False
 
     def add(self, terms: torch.Tensor, num_tokens: torch.Tensor | int, aux_loss: torch.Tensor | None) -> None:
-        """Adds a micro-batch: its `loss_terms`, its number of tokens of any kind, and its auxiliary loss."""
+        """Adds a micro-batch: its `token_terms`, its number of tokens of any kind, and its auxiliary loss."""
         self._tokens += terms.sum((0, 1)).to(self._tokens)
         self._num_tokens += num_tokens
         self._micro_batches += 1
@@ -140,8 +137,8 @@ class TrainingSums:
         self._tokens.zero_()
         self._aux_loss.zero_()
         self._micro_batches = 0
-        sums = TokenSums(*tokens)
-        metrics = {"num_tokens": int(num_tokens) // repeats, **sums.metrics_of_trl(), **sums.metrics_by_region()}
+        sums = dict(zip(TERMS, tokens, strict=True))
+        metrics = {"num_tokens": int(num_tokens) // repeats, **means_of_trl(sums), **means(sums)}
         return metrics | ({"aux_loss": aux_loss / micro_batches} if self._has_aux_loss else {})
 
 
@@ -157,7 +154,7 @@ class EvaluationSums:
 
     def __init__(self, accelerator: Accelerator, divisor: str, repeats: int = 1):
         self._accelerator, self._divisor, self._repeats = accelerator, divisor, repeats
-        self._tokens = TokenSums()
+        self._sums = dict.fromkeys(TERMS, 0.0)
         self._rows: list[torch.Tensor] = []
         self._losses: list[float] = []
         self._aux_losses: list[float] = []
@@ -165,7 +162,7 @@ class EvaluationSums:
     @property
     def is_empty(self) -> bool:
         """Whether no token was scored."""
-        return not (self._tokens.prompt_count or self._tokens.completion_count)
+        return not (self._sums["prompt_count"] or self._sums["completion_count"])
 
     def add(
         self,
@@ -179,7 +176,7 @@ class EvaluationSums:
 
         Args:
             terms (`torch.Tensor` of shape `(B, T, 11)`):
-                The `loss_terms`.
+                Its `token_terms`.
             example_lengths (`torch.Tensor`, *optional*):
                 Numbers of tokens of the examples, if all are in one row.
             loss (`torch.Tensor`, *optional*):
@@ -195,7 +192,8 @@ class EvaluationSums:
             by_example.index_add_(0, example, terms[0, : len(example)])
         rows = gather_examples(self._accelerator, by_example, self._repeats)
         self._rows.append(rows)
-        self._tokens = TokenSums(*(a + b for a, b in zip(self._tokens, rows.sum(0).tolist(), strict=True)))
+        for name, total in zip(TERMS, rows.sum(0).tolist(), strict=True):
+            self._sums[name] += total
         if loss is not None:  # as `Trainer` gathers what the subclass returns
             self._losses += self._accelerator.gather_for_metrics(loss.detach().repeat(len(by_example))).tolist()
         if aux_loss is not None:
@@ -206,16 +204,16 @@ class EvaluationSums:
         Returns of each row, in the order of the evaluation, the sum of the negative log-likelihoods of each region, in
         nats, and its number of tokens. Of a stream on several ranks the rows cannot be told apart.
         """
-        sums = TokenSums(*torch.cat(self._rows).unbind(1))
+        sums = dict(zip(TERMS, torch.cat(self._rows).unbind(1), strict=True))
         rows = {}
         for region in ("prompt", "completion"):
-            rows[f"{region}_nll"] = getattr(sums, f"{region}_nll").tolist()
-            rows[f"{region}_tokens"] = getattr(sums, f"{region}_count").long().tolist()
+            rows[f"{region}_nll"] = sums[f"{region}_nll"].tolist()
+            rows[f"{region}_tokens"] = sums[f"{region}_count"].long().tolist()
         return rows
 
     def metrics_of_trl(self) -> dict[str, float]:
         """Returns the means that TRL logs."""
-        metrics = self._tokens.metrics_of_trl()
+        metrics = means_of_trl(self._sums)
         return metrics | ({"aux_loss": sum(self._aux_losses) / len(self._aux_losses)} if self._aux_losses else {})
 
     def metrics(self, loss_of_trainer: float | None) -> dict[str, float]:
@@ -223,7 +221,8 @@ class EvaluationSums:
         Returns the metrics of each region, and the weighted loss unless a subclass returned another one: `Trainer`
         averages the losses of batches, which is no mean over tokens.
         """
-        metrics, own = self._tokens.metrics_by_region(), {"loss": self._tokens.loss(self._divisor)}
+        total, divisor = LOSSES[self._divisor]
+        metrics, own = means(self._sums), {"loss": self._sums[total] / (self._sums[divisor] or 1)}
         if not self._losses or loss_of_trainer is None:
             return metrics | own
         mean = sum(self._losses) / len(self._losses)

@@ -106,11 +106,36 @@ class ParallelMixin(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if self.get_sp_size() == 1:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        # `Trainer` looks for `labels`, of which DeepSpeed leaves `shift_labels`, and divides the sum over all ranks by
-        # `sp_size`, as if those that share a sequence held the same tokens
-        batch_samples = [{"labels": batch["shift_labels"], **batch} for batch in batch_samples]
-        return super()._get_num_items_in_batch(batch_samples, device) * self.get_sp_size()
+            count = super()._get_num_items_in_batch(batch_samples, device)
+        else:
+            # `Trainer` looks for `labels`, of which DeepSpeed leaves `shift_labels`, and divides the sum over all ranks
+            # by `sp_size`, as if those that share a sequence held the same tokens
+            shifted = [{"labels": batch["shift_labels"], **batch} for batch in batch_samples]
+            count = super()._get_num_items_in_batch(shifted, device) * self.get_sp_size()
+        if count is None or self.args.loss_divisor == "count":
+            return count
+        # The number of tokens, as every engine counts it, times their mean weight
+        sums = torch.zeros(2, device=device)
+        for batch in batch_samples:
+            weights = batch["token_weights"] if "shift_labels" in batch else batch["token_weights"][:, 1:]
+            sums += torch.stack([weights.sum(), weights.count_nonzero()]).to(device)
+        if self.args.average_tokens_across_devices:
+            sums = self.accelerator.reduce(sums)
+        return count * sums[0] / sums[1].clamp(min=1)
+
+    def loss_divisor(
+        self, token_weights: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor | float:
+        """
+        Returns what the weighted sum of a micro-batch is divided by. As in TRL, it counts the tokens of all ranks, over
+        which the gradients are averaged.
+        """
+        if num_items_in_batch is None:
+            weights = token_weights[:, 1:]
+            return weights.count_nonzero() if self.args.loss_divisor == "count" else weights.sum()
+        if not self.args.average_tokens_across_devices:
+            return num_items_in_batch
+        return num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
 
     def _prepare_context_parallel_inputs(
         self, model: torch.nn.Module, inputs: dict[str, Any]

@@ -1,0 +1,33 @@
+"""How often a stream is read, against TRL."""
+
+from datasets import IterableDataset
+from trl import SFTConfig, SFTTrainer
+
+from wit_trl import WITSFTConfig, WITSFTTrainer
+
+
+def readings(trainer_class, arguments, rows, make_model, tokenizer):
+    """How often a training opens a shuffled stream, and how many rows it reads."""
+    opened, read = 0, 0
+
+    def generate():
+        nonlocal opened, read
+        opened += 1
+        for row in rows:
+            read += 1
+            yield row
+
+    stream = IterableDataset.from_generator(generate).shuffle(seed=0, buffer_size=300)
+    opened, read = 0, 0
+    trainer_class(model=make_model(), args=arguments, train_dataset=stream, processing_class=tokenizer).train()
+    return opened, read
+
+
+def test_stream_is_opened_at_most_once_more_than_by_trl(make_model, tokenizer, config_kwargs, capsys):
+    rows = [{"prompt": f"What is {number}?", "completion": f"It is {number}."} for number in range(1500)]
+    of_trl = readings(SFTTrainer, SFTConfig(**config_kwargs), rows, make_model, tokenizer)
+    assert "What is weighted" not in capsys.readouterr().out
+    ours = readings(WITSFTTrainer, WITSFTConfig(**config_kwargs), rows, make_model, tokenizer)
+    assert "What is weighted in the first 1,000 rows" in capsys.readouterr().out
+    assert ours[0] <= of_trl[0] + 1
+    assert ours[1] <= of_trl[1] + 1_300  # the rows of the table, and a buffer of the shuffle

@@ -1,0 +1,64 @@
+"""What a prepared row holds: its tokens with regions and data weights, and what the row was before it was cut."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+
+STREAMED_ROWS = 1000  # rows of a stream that are read ahead at most
+# Columns with the number of targets of each region: tokens whose data weight is not 0, without the first of the row
+TARGET_COLUMNS = ("prompt_targets", "completion_targets")
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """
+    What rows were before truncation, packing and dropping. The preparation notes it in columns of these names.
+
+    Args:
+        prompt_length (`np.ndarray`): Number of prompt tokens of each row, its first token included.
+        completion_length (`np.ndarray`): Number of completion tokens of each row.
+        truncated (`np.ndarray`): Whether the row is cut to `max_length`.
+        completion_lost (`np.ndarray`): Whether it loses all completion tokens in this way.
+    """
+
+    prompt_length: np.ndarray
+    completion_length: np.ndarray
+    truncated: np.ndarray
+    completion_lost: np.ndarray
+
+    @classmethod
+    def read(cls, dataset: Dataset) -> "RowLengths":
+        """Returns the lengths of all rows of a prepared data set."""
+        columns = dataset.select_columns(list(LENGTH_COLUMNS)).with_format("arrow")[:]
+        return cls(*(columns[name].to_numpy() for name in LENGTH_COLUMNS))
+
+
+LENGTH_COLUMNS = tuple(RowLengths.__dataclass_fields__)
+
+
+def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, kept: slice) -> dict[str, Any]:
+    """
+    Returns a row as it is trained on: the kept part of its tokens, their regions and data weights; its [`RowLengths`];
+    and how many targets each region has.
+
+    Args:
+        input_ids (`list[int]`): The tokens.
+        regions (`list[int]`): Region of each token.
+        weights (`np.ndarray` of shape `(len(input_ids),)`): Data weight of each token.
+        kept (`slice`): The part of the row that is kept.
+    """
+    left, left_weights = regions[kept], weights[kept]
+    targets = np.where(left_weights[1:] != 0, left[1:], -100)  # nothing predicts the first token
+    return {
+        "input_ids": input_ids[kept],
+        "completion_mask": left,
+        "token_weights": left_weights,
+        "prompt_length": regions.count(0),
+        "completion_length": regions.count(1),
+        "truncated": len(left) < len(regions),
+        "completion_lost": 1 in regions[1:] and 1 not in left[1:],
+        **{name: np.count_nonzero(targets == region) for region, name in enumerate(TARGET_COLUMNS)},
+    }
