@@ -9,7 +9,7 @@ the function did, also in another thread.
 
 Private methods that are overridden stand where they belong:
 - `WITSFTTrainer`: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_reject_skip_prepare_without_labels` of
-  `SFTTrainer`; `_prepare_inputs` and `_get_num_items_in_batch` of `Trainer`
+  `SFTTrainer`; `_prepare_inputs` of `Trainer`
 - `ParallelMixin`: `_run_epoch`, `_get_num_items_in_batch`, `_prepare_context_parallel_inputs` of `Trainer`, whose
   context is a partial function with the buffers that it splits
 - `DataCollatorForWIT` and `DataCollatorForVisionLanguageWIT`: `torch_call` of TRL's collators

@@ -15,7 +15,7 @@ from ._upstream import keep_gradient_of_4bit_weights
 from .config import WITSFTConfig
 from .data.collator import DataCollatorForWIT, check_weights, weight_settings
 from .data.preparation import DataPreparation, check_train_dataset
-from .data.training_rows import TrainingRows, check_image_rows, pack, select_training_rows
+from .data.training_rows import TrainingRows, check_image_rows, prepare_rows
 from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
 from .loss.lm_head import prepare_lm_head, weighted_forward
 from .loss.token_factors import TOKEN_FACTORS, NamedFactors
@@ -35,9 +35,9 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
     """
     Trainer for Weighted Instruction Tuning (WIT).
 
-    The only differences from [`~trl.SFTTrainer`] are the loss and what feeds it. With \\( w_t \\) the weight of a token
-    and \\( N \\) the number of tokens whose weight is not zero, over all micro-batches and ranks of the optimizer step,
-    the loss is, in nats,
+    Two things differ from [`~trl.SFTTrainer`]: the loss, and what feeds it. With \\( w_t \\) the weight of a token and
+    \\( N \\) the number of tokens whose weight is not zero, over all micro-batches and ranks of the optimizer step, the
+    loss is, in nats,
 
     $$\\mathcal{L} = -\\frac{1}{N} \\sum_t w_t \\log p(x_t \\mid x_{<t})$$
 
@@ -55,6 +55,11 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
     training, a region of weight 0 is not computed. Evaluation has them always, with the prefix `eval_`: exact means
     over the evaluation set, whatever the batch size and the number of ranks, as `eval_loss` is. They compare runs of
     different weights. `loss` does not, nor do `entropy` and `mean_token_accuracy`, means over tokens with a weight.
+
+    It overrides `_prepare_dataset` (one map), `_set_signature_columns_if_needed` and
+    `_reject_skip_prepare_without_labels` (columns with weights), `_prepare_inputs` (weights stay float32),
+    `compute_loss`, `log`, `train` (a table comes first) and `create_model_card`. [`EvaluationMixin`] and
+    [`ParallelMixin`] override the rest. All else is inherited unchanged.
 
     Raises:
         `ValueError`: `compute_loss_func` is passed; the model is an encoder-decoder; the data collator does not return
@@ -131,35 +136,19 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         self.add_callback(LossWeightsCallback)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        # One map instead of TRL's, of which each reads and writes all rows: to the same tokens, each with its region
-        # and the weight that the data gives it, where TRL has labels.
-        is_train = self._training_rows is None and dataset_name == "train"
-        preparation = DataPreparation(args, packing, dataset_name)
-        example = preparation.first_row(dataset)
-        if {"seq_lengths", "completion_mask"} <= example.keys():  # packed already
-            preparation.check_structure_weights(dataset)
-            if is_train:
-                self._training_rows = TrainingRows(dataset)
-            return dataset
-        if "input_ids" in example:
-            dataset = preparation.weigh_tokens(dataset, example)
-        else:
-            if formatting_func is not None:
-                dataset = preparation.format_rows(dataset, formatting_func)
-                example = {args.dataset_text_field: None}
-            dataset = preparation.tokenize(
-                dataset, example, processing_class, self.chat_template, self._assistant_only_loss
-            )
-        if is_train:  # evaluation sets keep all their rows, since both regions are measured
-            rows = select_training_rows(dataset, preparation)
-            dataset = rows.dataset
-        elif packing:
-            dataset = pack(dataset, preparation)
-        if args.shuffle_dataset:
-            dataset = dataset.shuffle(seed=args.seed)
+        is_train = self._training_rows is None and dataset_name == "train"  # evaluation sets follow
+        rows = prepare_rows(
+            dataset,
+            DataPreparation(args, packing, dataset_name),
+            is_train,
+            processing_class,
+            formatting_func,
+            self.chat_template,
+            self._assistant_only_loss,
+        )
         if is_train:
-            self._training_rows = rows._replace(dataset=dataset)
-        return dataset
+            self._training_rows = rows
+        return rows.dataset
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """

@@ -12,8 +12,9 @@ from trl.chat_template_utils import has_generation_markers
 
 from wit_trl.conversation.chat_template import training_chat_template
 from wit_trl.conversation.messages import check_messages
+from wit_trl.conversation.template_memory import TemplateMemory
 from wit_trl.conversation.turn_weights import turn_weights
-from wit_trl.conversation.turns import Conversation, TemplateMemory, logger
+from wit_trl.conversation.turns import Conversation, logger
 
 from ..conftest import CHAT_TEMPLATES, train_tokenizer
 

@@ -13,7 +13,8 @@ import pytest
 from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 
-from wit_trl.conversation.turns import Conversation, TemplateMemory
+from wit_trl.conversation.template_memory import TemplateMemory
+from wit_trl.conversation.turns import Conversation
 from wit_trl.data import preparation
 
 from ..conversation.test_turns import CHATML, CHATML_PROMPT

@@ -1,9 +1,15 @@
-"""Which tokens of a rendered conversation belong to which turn."""
+"""
+Which tokens of a rendered conversation belong to which turn.
+
+1. The whole conversation is rendered, and nothing of it may be left out.
+2. `ContentSpans` finds the characters of each content, from what is remembered of the template, else by probes.
+3. Where a turn starts follows from what the template writes before it, else from the rendering of the turns before.
+4. `TokenPositions` tells the token of a character.
+"""
 
 import functools
 import itertools
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -11,44 +17,15 @@ from transformers.utils import logging
 from trl.data_utils import prepare_multimodal_messages
 
 from .._upstream import common_prefix_length, tokenize_messages
-from .content_spans import ContentSpans, Span
+from .content_spans import Span
 from .messages import THINKING, Messages, message_texts, missing_end
-from .token_positions import TokenPositions, Tokens
+from .template_memory import TemplateMemory, Turn, kind_of
+from .token_positions import TokenPositions
 
 
 logger = logging.get_logger(__name__)
 
 _PROBE = "\ue000"  # of private use, so that no text has it
-
-
-class TemplateMemory:
-    """
-    What conversations with the same chat template have in common: what it writes around contents, how it separates
-    turns, and how that is tokenized. It is found in some of them, and holds for the others.
-    """
-
-    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin):
-        is_processor = isinstance(processing_class, ProcessorMixin)
-        self.tokens = Tokens(processing_class.tokenizer if is_processor else processing_class)
-        self._parts: dict[str, tuple[ContentSpans, dict[tuple, _Turn]]] = {}
-
-    def part(self, template_kwargs: dict[str, Any]) -> "tuple[ContentSpans, dict[tuple, _Turn]]":
-        """Returns what is remembered of conversations with these arguments of the template."""
-        key = repr({**template_kwargs, "tools": bool(template_kwargs["tools"])})
-        return self._parts.setdefault(key, (ContentSpans(), {}))
-
-
-@dataclass
-class _Turn:
-    """
-    What a template writes before a turn: `tail` still belongs to the turn before, `head` does not. `opening` is what it
-    writes before an answer, and `ends_in_next` whether the turn before ends in the token that follows it.
-    """
-
-    tail: str | None = None
-    head: str | None = None
-    opening: str | None = None
-    ends_in_next: bool | None = None
 
 
 class Conversation:
@@ -98,7 +75,7 @@ class Conversation:
         self._memory = memory = memory or TemplateMemory(processing_class)
         self._tokens = memory.tokens
         self._content_spans, self._turns = memory.part(self.template_kwargs)
-        self._kinds = [_kind(message) for message in messages]
+        self._kinds = [kind_of(message) for message in messages]
         # The characters of each content; `None` where the template changes what messages say
         self.spans = self._content_spans.find(self.text, messages, self._kinds)
         self._check_nothing_is_left_out()
@@ -220,13 +197,13 @@ class Conversation:
         """Returns the tokens of an answer, with its end-of-turn tokens."""
         return positions.at(self._start_of_answer(turn), turn), self.end_of_turn(turn, positions)
 
-    def _turn(self, turn: int) -> "_Turn":
+    def _turn(self, turn: int) -> Turn:
         """Returns what is remembered of the beginning of such a turn, where contents are found."""
         if self.spans is None:
-            return _Turn()
+            return Turn()
         is_last = turn == len(self.messages) - 1
         key = (*self._kinds[max(turn - 1, 0) : turn + 1], turn < 2, is_last, *self._around[turn])
-        return self._turns.setdefault(key, _Turn())
+        return self._turns.setdefault(key, Turn())
 
     def start_of_turn(self, turn: int) -> int:
         """Returns its first character. Raises `ValueError` as `text_before` does."""
@@ -336,17 +313,3 @@ class Conversation:
             for kinds in (self._kinds, self._kinds[::-1])
         )
         return [*zip(before[:-1], after[:0:-1], strict=True)]
-
-
-def _kind(message: dict[str, Any]) -> tuple:
-    """Returns what of a message decides about what a template writes around it."""
-    content = message.get("content")
-    if isinstance(content, list):
-        shape: Any = tuple(part["type"] if part["type"] != "text" else bool(part["text"].strip()) for part in content)
-    else:
-        shape = bool(content and content.strip())
-    return (
-        message["role"],
-        shape,
-        *sorted(k for k, v in message.items() if v and k not in ("role", "content", "weight")),
-    )

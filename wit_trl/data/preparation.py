@@ -1,10 +1,17 @@
-"""From rows of any type that TRL knows to tokens, each with a region and a weight."""
+"""
+The preparation of a data set: from rows of any type to tokens, each with a region and a data weight.
+
+1. The columns of the first row tell the type of the data set, and what of it would be ignored.
+2. One map tokenizes the rows, weighs their tokens and truncates them. `datasets` caches it.
+3. If a row is wrong, the error names its number.
+"""
 
 import functools
 import hashlib
 import importlib.metadata
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +43,7 @@ logger = get_logger(__name__)
 RowFunction = Callable[[list[Row]], list[Row]]
 
 # Columns that belong to tokens, and mean nothing in a row that has none yet
-_COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths", "turn_weights"}
+_COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths"}
 _BATCH_SIZE = 100  # rows that are tokenized together
 _ROWS_WITH_ROLES = 1000  # in which a role that has a weight is looked for
 _PACKAGE = Path(__file__).parents[1]
@@ -66,24 +73,16 @@ def check_train_dataset(dataset: Any, formatting_func: Callable | None) -> set[s
     return columns
 
 
+@dataclass(frozen=True)
 class DataPreparation:
     """
-    The steps that TRL's preparation of a data set lacks: what the trainer does before TRL tokenizes, and after.
-
-    Every error names the row. None of the steps depends on the weights of the regions but the last, so that the cache
-    of a prepared data set serves all of them.
-
-    Args:
-        args ([`WITSFTConfig`]):
-            Arguments of the training.
-        packing (`bool`):
-            Whether the rows are to be packed.
-        dataset_name (`str`):
-            What messages call the data set.
+    Makes tokens with regions and data weights of the rows of one data set. Every error names the row. Nothing depends
+    on λ, so the cache of a prepared data set serves all weights.
     """
 
-    def __init__(self, args: WITSFTConfig, packing: bool, dataset_name: str):
-        self.args, self.packing, self.dataset_name = args, packing, dataset_name
+    args: WITSFTConfig
+    packing: bool  # whether the rows are to be packed
+    dataset_name: str  # what messages call the data set
 
     def first_row(self, dataset: Dataset | IterableDataset) -> dict[str, Any]:
         """Returns the first row. Raises `ValueError` if there is none, or if rows are read through a transform."""
@@ -189,7 +188,7 @@ class DataPreparation:
             )
 
     def _warn_of_ignored_weights(self, columns: set[str]) -> None:
-        known = ("weight", "token_weights", "turn_weights")
+        known = ("weight", "token_weights")
         if ignored := sorted(name for name in columns if "weight" in name.lower() and name not in known):
             logger.warning(
                 f"The {self.dataset_name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number "

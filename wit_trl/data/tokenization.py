@@ -18,8 +18,9 @@ from trl.chat_template_utils import has_generation_markers
 from .._upstream import common_prefix_length, tokenize_messages
 from ..conversation.chat_template import check_marks
 from ..conversation.messages import check_answer, check_unicode, read_messages
+from ..conversation.template_memory import TemplateMemory
 from ..conversation.turn_weights import weigh_conversation
-from ..conversation.turns import Conversation, TemplateMemory
+from ..conversation.turns import Conversation
 from ..weights import StructureWeights
 
 
@@ -44,32 +45,16 @@ class RowTokenizer:
     """
     Tokenizes rows of one type. Called with some of them, it returns a [`TokenizedRow`] for each.
 
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            What renders and tokenizes the rows.
-        columns (`tuple[str, ...]`):
-            What is tokenized: `"prompt"` and `"completion"`, or one column.
-        of_messages (`bool`):
-            Whether the columns hold messages, or turns of ShareGPT, and not texts.
-        chat_template (`str`, *optional*):
-            Template of messages. Defaults to the own one.
-        tool_template (`str`, *optional*):
-            Template of `"messages"` in rows with tools.
-        assistant_only (`bool`):
-            Whether only those tokens of a completion are completion that the template marks as the assistant's.
-        structure ([`StructureWeights`]):
-            What roles and the template's own tokens weigh, and which turns are completion.
-
     Raises:
         `ValueError`: a row cannot be tokenized, or the regions of its tokens cannot be told.
     """
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
-    columns: tuple[str, ...]
-    of_messages: bool
-    chat_template: str | None = None
-    tool_template: str | None = None
-    assistant_only: bool = False
+    columns: tuple[str, ...]  # `"prompt"` and `"completion"`, or one column
+    of_messages: bool  # whether the columns hold messages, or turns of ShareGPT, and not texts
+    chat_template: str | None = None  # of messages; by default the own one
+    tool_template: str | None = None  # of `"messages"` in rows with tools
+    assistant_only: bool = False  # whether a completion is only what the template marks as the assistant's
     structure: StructureWeights = field(default_factory=StructureWeights)
 
     def __post_init__(self):

@@ -2,11 +2,13 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import pack_dataset
 
 from .._upstream import global_then_local_main_first
@@ -22,21 +24,47 @@ _TOKEN_COLUMNS = ["input_ids", "completion_mask", "token_weights"]
 
 
 class TrainingRows(NamedTuple):
-    """
-    A prepared training set, and what its rows do not tell.
-
-    Args:
-        dataset (`Dataset` or `IterableDataset`): The rows that are trained on.
-        lengths ([`RowLengths`], *optional*): What they and the dropped ones were before. `None` for a stream.
-        dropped (`int`, *optional*): Number of rows that were dropped. `None` for a stream.
-    """
+    """A prepared training set, and what its rows do not tell. Of a stream nothing more is known."""
 
     dataset: Dataset | IterableDataset
-    lengths: RowLengths | None = None
-    dropped: int | None = None
+    lengths: RowLengths | None = None  # of all rows before any was dropped
+    dropped: int | None = None  # number of rows
 
 
-def pack(dataset: Dataset | IterableDataset, preparation: DataPreparation) -> Dataset | IterableDataset:
+def prepare_rows(
+    dataset: Dataset | IterableDataset,
+    preparation: DataPreparation,
+    is_train: bool,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    formatting_func: Callable[[dict], str] | None,
+    pair_template: str | None,
+    assistant_only_loss: bool,
+) -> TrainingRows:
+    """
+    Returns rows of any type as they are trained on or evaluated: tokenized, weighed, truncated, packed and shuffled.
+
+    One map does what TRL does in several, each of which reads and writes all rows. Where TRL's rows have labels, these
+    have the region and the data weight of each token.
+    """
+    args = preparation.args
+    example = preparation.first_row(dataset)
+    if {"seq_lengths", "completion_mask"} <= example.keys():  # packed already
+        preparation.check_structure_weights(dataset)
+        return TrainingRows(dataset)
+    if "input_ids" in example:
+        dataset = preparation.weigh_tokens(dataset, example)
+    else:
+        if formatting_func is not None:
+            dataset = preparation.format_rows(dataset, formatting_func)
+            example = {args.dataset_text_field: None}
+        dataset = preparation.tokenize(dataset, example, processing_class, pair_template, assistant_only_loss)
+    # Evaluation sets keep all their rows, since both regions are measured
+    rows = select_training_rows(dataset, preparation) if is_train else TrainingRows(dataset)
+    dataset = _pack(rows.dataset, preparation) if preparation.packing else rows.dataset
+    return rows._replace(dataset=dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset)
+
+
+def _pack(dataset: Dataset | IterableDataset, preparation: DataPreparation) -> Dataset | IterableDataset:
     """Packs rows as TRL does, with all that belongs to each token."""
     dataset = dataset.select_columns(_TOKEN_COLUMNS)
     with global_then_local_main_first():
@@ -62,7 +90,7 @@ def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPrep
     _check_targets(whole, regions, preparation)
     if isinstance(whole, IterableDataset):
         kept = whole.filter(lambda row: any(row[region] for region in regions)) if drops else whole
-        return TrainingRows(pack(kept, preparation) if preparation.packing else kept)
+        return TrainingRows(kept)
 
     kept = whole
     if drops:
@@ -76,7 +104,7 @@ def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPrep
             f"Dropped {dropped} of {len(whole)} rows of the {preparation.dataset_name} dataset: they have no token of "
             f"non-zero weight, or none within `max_length={args.max_length}`."
         )
-    return TrainingRows(pack(kept, preparation) if preparation.packing else kept, RowLengths.read(whole), dropped)
+    return TrainingRows(kept, RowLengths.read(whole), dropped)
 
 
 def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparation: DataPreparation) -> None:
