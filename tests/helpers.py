@@ -1,6 +1,6 @@
 """A trainer on a tiny model, and a recorder of what it does."""
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
@@ -26,16 +26,15 @@ class StepRecorder(TrainerCallback):
 def make_trainer(
     make_model, tokenizer, rows, config_kwargs, weights=WEIGHTS, model=None, trainer_class=WITSFTTrainer, **kwargs
 ):
+    """Returns a trainer on rows, a list or a data set, which it takes in their order if `config_kwargs` says nothing
+    else."""
     prompt_loss_weight, completion_loss_weight = weights
-    kwargs.setdefault("train_dataset", Dataset.from_list(rows))
-    return trainer_class(
-        model=model or make_model(),
-        args=WITSFTConfig(
-            prompt_loss_weight=prompt_loss_weight,
-            completion_loss_weight=completion_loss_weight,
-            train_sampling_strategy="sequential",
-            **config_kwargs,
-        ),
-        processing_class=tokenizer,
-        **kwargs,
-    )
+    defaults = {
+        "prompt_loss_weight": prompt_loss_weight,
+        "completion_loss_weight": completion_loss_weight,
+        "train_sampling_strategy": "sequential",
+    }
+    args = WITSFTConfig(**defaults | config_kwargs)
+    is_dataset = isinstance(rows, Dataset | IterableDataset)
+    kwargs.setdefault("train_dataset", rows if is_dataset else Dataset.from_list(rows))
+    return trainer_class(model=model or make_model(), args=args, processing_class=tokenizer, **kwargs)

@@ -9,23 +9,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from wit_trl import WITSFTConfig, WITSFTTrainer
 from wit_trl.report import rows as inspection
 
 from .test_weight_report import text_of
-
-
-@pytest.fixture
-def make_trainer(make_model, tokenizer, config_kwargs):
-    def make(dataset, tokenizer=tokenizer, **arguments):
-        return WITSFTTrainer(
-            model=make_model(),
-            args=WITSFTConfig(**(config_kwargs | arguments)),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
-
-    return make
 
 
 TEXTS = [
@@ -72,9 +58,9 @@ def unmarked(text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_rows_show_their_text_exactly(text, byte_tokenizer, make_trainer):
+def test_rows_show_their_text_exactly(text, byte_tokenizer, trainer_on):
     dataset = Dataset.from_dict({"prompt": [f"Q{text}|"], "completion": [text]})
-    trainer = make_trainer(dataset, byte_tokenizer, max_length=None)
+    trainer = trainer_on(dataset, byte_tokenizer, max_length=None)
     (row,) = trainer.train_dataset
     assert len(row["input_ids"]) > len(text)
     prompt_tokens = row["completion_mask"].count(0)
@@ -84,20 +70,20 @@ def test_rows_show_their_text_exactly(text, byte_tokenizer, make_trainer):
     assert unmarked(show_row(trainer, row)) == expected
 
 
-def test_packed_documents_show_their_text_exactly(byte_tokenizer, make_trainer):
+def test_packed_documents_show_their_text_exactly(byte_tokenizer, trainer_on):
     texts = ["the 字", "red link", " and"]
     dataset = Dataset.from_dict({"text": texts})
-    trainer = make_trainer(dataset, byte_tokenizer, packing=True, max_length=100)
+    trainer = trainer_on(dataset, byte_tokenizer, packing=True, max_length=100)
     (row,) = trainer.train_dataset
     _, *documents = unmarked(show_row(trainer, row)).replace("[completion 0.8]", "").split("▌")
     assert sorted(document.removesuffix("\n") for document in documents) == sorted(f"{text}<eos>" for text in texts)
 
 
-def test_character_cut_by_a_weight(byte_tokenizer, make_trainer):
+def test_character_cut_by_a_weight(byte_tokenizer, trainer_on):
     tokens = byte_tokenizer("Qa👩t")["input_ids"]
     for cut in range(2, len(tokens) - 1):
         mask = [0] * cut + [1] * (len(tokens) - cut)
-        trainer = make_trainer(Dataset.from_list([{"input_ids": tokens, "completion_mask": mask}]), byte_tokenizer)
+        trainer = trainer_on(Dataset.from_list([{"input_ids": tokens, "completion_mask": mask}]), byte_tokenizer)
         _, shown = unmarked(show_row(trainer, trainer.train_dataset[0])).split("[prompt 0.2]")
         prompt, completion = shown.removeprefix("Q").split("[completion 0.8]")
         in_character = (byte_tokenizer.decode(tokens[:cut]) + byte_tokenizer.decode(tokens[cut:])).count("\ufffd") > 0
@@ -113,10 +99,10 @@ def spans(text):
     return [(text.plain[span.start : span.end], span.style) for span in text.spans]
 
 
-def test_documents_special_tokens_and_zero_weights_are_marked(tokenizer, make_trainer):
+def test_documents_special_tokens_and_zero_weights_are_marked(tokenizer, trainer_on):
     documents = ["To be", "or not"]
     dataset = Dataset.from_dict({"prompt": documents, "completion": [" to be", " now"]})
-    trainer = make_trainer(dataset, packing=True, prompt_loss_weight=0.0)
+    trainer = trainer_on(dataset, packing=True, prompt_loss_weight=0.0)
     (row,) = trainer.train_dataset
     text = show_row(trainer, row)
     assert len(row["seq_lengths"]) == text.plain.count("▌") == 2
@@ -134,17 +120,17 @@ def test_documents_special_tokens_and_zero_weights_are_marked(tokenizer, make_tr
             assert bool(style.bold) == (piece == "<eos>")
 
 
-def test_weights_that_differ_from_token_to_token(tokenizer, make_trainer):
+def test_weights_that_differ_from_token_to_token(tokenizer, trainer_on):
     row = {"input_ids": [7, 8, 9], "completion_mask": [0, 1, 1], "token_weights": [1.0, 0.5, 0.0]}
-    trainer = make_trainer(Dataset.from_list([row]))
+    trainer = trainer_on(Dataset.from_list([row]))
     pieces = [tokenizer.decode([token]) for token in (7, 8, 9)]
     text = show_row(trainer, trainer.train_dataset[0])
     assert text.plain == f"▌{pieces[0]}[completion 0.4]{pieces[1]}[completion 0]{pieces[2]}"
 
 
-def test_what_a_terminal_would_act_on_is_escaped(byte_tokenizer, make_trainer):
+def test_what_a_terminal_would_act_on_is_escaped(byte_tokenizer, trainer_on):
     dataset = Dataset.from_dict({"prompt": ["a\x1b[31m\r\x07\u202e"], "completion": ["b"]})
-    trainer = make_trainer(dataset, byte_tokenizer)
+    trainer = trainer_on(dataset, byte_tokenizer)
     shown = text_of(show_row(trainer, trainer.train_dataset[0]))
     assert "\\x1b[31m\\r\\x07\\u202e[completion 0.8]b" in shown
     assert {"\x1b", "\r", "\x07", "\u202e"}.isdisjoint(shown)

@@ -1,5 +1,6 @@
 """Training and evaluation on data with images, against plain float64 loops and TRL's own trainer."""
 
+import functools
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from wit_trl import DataCollatorForVisionLanguageWIT, WITSFTConfig, WITSFTTrainer, cli
+from wit_trl import DataCollatorForVisionLanguageWIT, cli
 from wit_trl.conversation.chat_template import training_chat_template
 
 from ..conftest import DOCUMENTED
-from ..helpers import WEIGHTS, StepRecorder
+from ..helpers import WEIGHTS, StepRecorder, make_trainer
 from ..vision_families import FAMILIES, MARKED_VICUNA, make_model, make_processor
 from .test_endpoints import losses_and_parameters
 
@@ -114,19 +115,10 @@ def formula(model, name, processor, rows, weights):
     return loss, [s.item() / n for s, n in zip(sums, counts, strict=True)]
 
 
-def make_trainer(name, processor, dataset, config_kwargs, weights=WEIGHTS, model=None, **kwargs):
-    prompt_loss_weight, completion_loss_weight = weights
-    return WITSFTTrainer(
-        model=model or make_model(name, processor),
-        args=WITSFTConfig(
-            prompt_loss_weight=prompt_loss_weight,
-            completion_loss_weight=completion_loss_weight,
-            **{"max_length": None, "train_sampling_strategy": "sequential"} | config_kwargs,
-        ),
-        train_dataset=Dataset.from_list(dataset) if isinstance(dataset, list) else dataset,
-        processing_class=processor,
-        **kwargs,
-    )
+def make_vision_trainer(name, processor, rows, config_kwargs, weights=WEIGHTS, **kwargs):
+    """Returns a trainer of the family's model, with its processor in the place of a tokenizer."""
+    make_family = functools.partial(make_model, name, processor)
+    return make_trainer(make_family, processor, rows, config_kwargs, weights, **kwargs)
 
 
 @pytest.fixture
@@ -141,7 +133,7 @@ def test_step_equals_the_formula(head, kind, weights, name, processor, rows, con
     config_kwargs |= {"gradient_accumulation_steps": 4, "max_steps": -1, "num_train_epochs": 1, "max_grad_norm": 0.0}
     rows = rows if kind == "messages" else split(rows)
     recorder = StepRecorder()
-    trainer = make_trainer(name, processor, rows, config_kwargs, weights, callbacks=[recorder])
+    trainer = make_vision_trainer(name, processor, rows, config_kwargs, weights, callbacks=[recorder])
     trainer.train()
     assert len(recorder.gradients) == 2
 
@@ -200,7 +192,7 @@ def test_endpoints_equal_trl(kind, weights, name, processor, rows, config_kwargs
     )
     # For models that say that they take no `num_items_in_batch`, TRL takes the mean of the means of the micro-batches
     expected.model_accepts_loss_kwargs = True
-    trainer = make_trainer(
+    trainer = make_vision_trainer(
         name,
         processor,
         rows,
@@ -221,7 +213,7 @@ def test_endpoints_equal_trl(kind, weights, name, processor, rows, config_kwargs
 def test_evaluation_is_exact_whatever_the_batch_size(kind, batch_size, name, processor, rows, config_kwargs):
     rows = rows if kind == "messages" else split(rows)
     config_kwargs["per_device_eval_batch_size"] = batch_size
-    trainer = make_trainer(name, processor, rows[:1], config_kwargs, eval_dataset=Dataset.from_list(rows))
+    trainer = make_vision_trainer(name, processor, rows[:1], config_kwargs, eval_dataset=Dataset.from_list(rows))
     metrics = trainer.evaluate()
     loss, (prompt_loss, completion_loss) = formula(make_model(name, processor).double(), name, processor, rows, WEIGHTS)
     assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -256,7 +248,7 @@ def test_weights_of_rows_and_messages_multiply_terms_and_zero_leaves_them_out(ll
     weighted = [{**row, "weight": weight} for row, weight in zip(llava_rows, (2.5, 0.0, 1.0), strict=True)]
     weighted[2] = {**weighted[2], "messages": [dict(message) for message in weighted[2]["messages"]]}
     weighted[2]["messages"][0]["weight"], weighted[2]["messages"][1]["weight"] = 0.0, 0.5
-    loss = first_loss(make_trainer("llava", llava, weighted, config_kwargs))
+    loss = first_loss(make_vision_trainer("llava", llava, weighted, config_kwargs))
 
     model = make_model("llava", llava).double()
     (prompt, completion), (num_prompt, num_completion) = region_sums(model, "llava", llava, llava_rows[:1])
@@ -278,14 +270,14 @@ def test_wrong_row_is_refused_before_the_training(wrong, llava, llava_rows, conf
     with pytest.raises(
         ValueError, match=r"^Row 2 of the train dataset: (`weight` is -1.0|`messages` has no assistant)"
     ):
-        make_trainer("llava", llava, rows, config_kwargs)
+        make_vision_trainer("llava", llava, rows, config_kwargs)
 
 
 def test_stream_trains_as_the_data_set_does(llava, llava_rows, config_kwargs):
     kwargs = config_kwargs | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 2}
     dataset = Dataset.from_list([{**row, "weight": 1.5} for row in llava_rows])
-    stream = make_trainer("llava", llava, dataset.to_iterable_dataset(), kwargs, eval_dataset=dataset)
-    expected = make_trainer("llava", llava, dataset, kwargs)
+    stream = make_vision_trainer("llava", llava, dataset.to_iterable_dataset(), kwargs, eval_dataset=dataset)
+    expected = make_vision_trainer("llava", llava, dataset, kwargs)
     losses, parameters = losses_and_parameters(stream)
     expected_losses, expected_parameters = losses_and_parameters(expected)
     assert losses == expected_losses
@@ -294,7 +286,7 @@ def test_stream_trains_as_the_data_set_does(llava, llava_rows, config_kwargs):
 
 def test_lora_trains_only_the_adapter(head, name, processor, rows, config_kwargs):
     lora = LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)" if name != "idefics3" else ["q_proj"])
-    trainer = make_trainer(name, processor, rows, config_kwargs | {"learning_rate": 0.1}, peft_config=lora)
+    trainer = make_vision_trainer(name, processor, rows, config_kwargs | {"learning_rate": 0.1}, peft_config=lora)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     loss = first_loss(trainer)
     expected, _ = formula(make_model(name, processor).double(), name, processor, rows[:4], WEIGHTS)
@@ -306,16 +298,18 @@ def test_lora_trains_only_the_adapter(head, name, processor, rows, config_kwargs
 
 def test_training_set_without_a_target_is_refused(llava, llava_rows, config_kwargs):
     with pytest.raises(ValueError, match=r"No example of the train dataset has a token left to train on"):
-        make_trainer("llava", llava, [{**row, "weight": 0} for row in llava_rows], config_kwargs)
+        make_vision_trainer("llava", llava, [{**row, "weight": 0} for row in llava_rows], config_kwargs)
     # One is enough
-    make_trainer("llava", llava, [{**row, "weight": i} for i, row in enumerate(llava_rows)], config_kwargs)
+    make_vision_trainer("llava", llava, [{**row, "weight": i} for i, row in enumerate(llava_rows)], config_kwargs)
 
 
 def test_image_cut_off_by_max_length_is_refused(llava, llava_rows, config_kwargs):
     config_kwargs["max_length"] = 10
     with pytest.raises(ValueError, match=r"increase `max_length`"):
-        make_trainer("llava", llava, llava_rows, config_kwargs)
-    trainer = make_trainer("llava", llava, split(llava_rows), config_kwargs, (0.2, 0.0))  # no completion is left either
+        make_vision_trainer("llava", llava, llava_rows, config_kwargs)
+    trainer = make_vision_trainer(
+        "llava", llava, split(llava_rows), config_kwargs, (0.2, 0.0)
+    )  # no completion is left either
     with pytest.raises(ValueError, match=r"`max_length=10` cuts off tokens of an image"):
         trainer.train()
 
@@ -324,7 +318,7 @@ def test_completion_cut_off_by_max_length_is_no_target(llava, llava_rows, config
     rows = split(llava_rows)
     config_kwargs["max_length"] = 40
     rows[0]["prompt"] = [{"role": "user", "content": "What is it? " * 20}]
-    trainer = make_trainer("llava", llava, rows, config_kwargs, (0.0, 1.0))
+    trainer = make_vision_trainer("llava", llava, rows, config_kwargs, (0.0, 1.0))
     batch = trainer.data_collator(rows)
     assert (batch["labels"] != -100).any(1).tolist() == [False, True, True]
     trainer.train()
@@ -333,14 +327,14 @@ def test_completion_cut_off_by_max_length_is_no_target(llava, llava_rows, config
 def test_collator_that_contradicts_the_weights_is_refused(llava, llava_rows, config_kwargs):
     collator = DataCollatorForVisionLanguageWIT(llava)
     with pytest.raises(ValueError, match=r"The weights of the `DataCollatorForVisionLanguageWIT` contradict those"):
-        make_trainer("llava", llava, llava_rows, config_kwargs, (0.5, 1.0), data_collator=collator)
-    make_trainer("llava", llava, llava_rows, config_kwargs, data_collator=collator).train()
+        make_vision_trainer("llava", llava, llava_rows, config_kwargs, (0.5, 1.0), data_collator=collator)
+    make_vision_trainer("llava", llava, llava_rows, config_kwargs, data_collator=collator).train()
 
 
 def test_first_wrong_example_is_named_before_training(llava, llava_rows, config_kwargs):
     rows = [{**row, "messages": row["messages"][:1]} for row in llava_rows]
     with pytest.raises(ValueError, match=r"Row 0 of the train dataset: `messages` has no assistant turn"):
-        make_trainer("llava", llava, rows, config_kwargs)
+        make_vision_trainer("llava", llava, rows, config_kwargs)
 
 
 @pytest.mark.parametrize("size", ["sp_size", "cp_size"])
@@ -349,12 +343,12 @@ def test_images_where_sequences_are_split_are_refused(size, in_parallel, llava, 
     with pytest.raises(
         ValueError, match=r"Data with images is not supported under sequence or context.* Set `sp_size`"
     ):
-        make_trainer("llava", llava, llava_rows, config_kwargs)
+        make_vision_trainer("llava", llava, llava_rows, config_kwargs)
 
 
 def test_training_starts_with_the_table(llava, llava_rows, config_kwargs, capsys):
     rows = [{**row, "weight": 0.5 * (i + 1)} for i, row in enumerate(llava_rows)]
-    trainer = make_trainer("llava", llava, rows, config_kwargs | {"max_steps": 1, "max_length": 40})
+    trainer = make_vision_trainer("llava", llava, rows, config_kwargs | {"max_steps": 1, "max_length": 40})
     trainer.train()
     output = capsys.readouterr().out
     batches = [trainer.data_collator([row]) for row in rows]
@@ -367,7 +361,7 @@ def test_training_starts_with_the_table(llava, llava_rows, config_kwargs, capsys
 
 def test_rows_of_a_larger_set_are_counted_in_part(llava, llava_rows, config_kwargs, monkeypatch, capsys):
     monkeypatch.setattr("wit_trl.trainer.IMAGE_ROWS", 2)
-    make_trainer("llava", llava, llava_rows, config_kwargs | {"max_steps": 1}).train()
+    make_vision_trainer("llava", llava, llava_rows, config_kwargs | {"max_steps": 1}).train()
     assert "What is weighted in the first 2 rows" in capsys.readouterr().out
 
 
@@ -386,7 +380,7 @@ def test_inspect_shows_the_images_as_one(llava, llava_rows, tmp_path, monkeypatc
 
 
 def test_every_process_counts_a_share_of_the_rows(llava, llava_rows, config_kwargs, monkeypatch):
-    trainer = make_trainer("llava", llava, llava_rows, config_kwargs)
+    trainer = make_vision_trainer("llava", llava, llava_rows, config_kwargs)
     whole = trainer.data_collator.tokenize_first_rows(llava_rows, 100)
     shares = []
     for rank in (0, 1):
@@ -397,7 +391,7 @@ def test_every_process_counts_a_share_of_the_rows(llava, llava_rows, config_kwar
 
 
 def test_what_fails_on_one_process_fails_on_all(llava, llava_rows, config_kwargs, monkeypatch):
-    trainer = make_trainer("llava", llava, llava_rows, config_kwargs)
+    trainer = make_vision_trainer("llava", llava, llava_rows, config_kwargs)
     elsewhere = [ValueError("wrong on another process")]
     monkeypatch.setattr("wit_trl.data.vision_collator.gather_object", lambda rows: rows + elsewhere)
     with pytest.raises(ValueError, match="wrong on another process"):
@@ -409,5 +403,5 @@ def test_no_completion_left_is_refused_with_images(llava, llava_rows, config_kwa
     rows = [{"messages": [question, *row["messages"][1:]], "images": []} for row in llava_rows]
     config_kwargs |= {"max_length": 16}
     with pytest.raises(ValueError, match=r"No example .* left to train on in its completion.* `max_length` is 16"):
-        make_trainer("llava", llava, rows, config_kwargs)
-    make_trainer("llava", llava, rows, config_kwargs, (0.2, 0.0))
+        make_vision_trainer("llava", llava, rows, config_kwargs)
+    make_vision_trainer("llava", llava, rows, config_kwargs, (0.2, 0.0))
