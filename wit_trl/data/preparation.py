@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import global_then_local_main_first
 from ..config import DATASET_COLUMNS, WITSFTConfig
-from ..conversation.chat_template import chosen_chat_template, training_chat_template
 from ..conversation.messages import SHAREGPT_ROLES
 from ..weights import (
     MASK_COLUMNS,
@@ -35,7 +34,7 @@ from ..weights import (
 )
 from .prepared_rows import LENGTH_COLUMNS, prepared_row
 from .schemas import remedy_for
-from .tokenization import Row, RowTokenizer
+from .tokenization import Row, RowTokenizer, row_tokenizer
 
 
 logger = get_logger(__name__)
@@ -115,30 +114,16 @@ class DataPreparation:
                 f"The {self.dataset_name} dataset has images, which the train dataset has not, so they would be "
                 "ignored. Remove the column, or evaluate with images apart."
             )
-        templates: dict[str, Any] = {"structure": self.args.structure_weights}
-        if {"prompt", "completion"} <= columns:
-            texts: tuple[str, ...] = ("prompt", "completion")
-            of_messages = isinstance(example["prompt"], list)
-            if assistant_only_loss and pair_template is None:
-                pair_template = training_chat_template(processing_class)
-            templates |= {"chat_template": pair_template, "assistant_only": assistant_only_loss}
-        elif not {"messages", "conversations"}.isdisjoint(columns):
-            texts, of_messages = ("conversations" if "conversations" in columns else "messages",), True
-            templates["chat_template"] = chosen_chat_template(processing_class)
-            templates["tool_template"] = training_chat_template(processing_class, tools=True)
-        elif self.args.dataset_text_field in columns:
-            logger.warning_once(NO_PROMPT_MESSAGE)
-            texts, of_messages = (self.args.dataset_text_field,), False
-        else:
+        tokenizer = row_tokenizer(example, processing_class, self.args, pair_template, assistant_only_loss)
+        if tokenizer is None:
             raise ValueError(
                 f"The {self.dataset_name} dataset has the columns {sorted(columns)}, but needs `prompt` and "
                 f"`completion`, `messages`, `conversations`, `{self.args.dataset_text_field}` or `input_ids`. "
                 f"{remedy_for(columns)} `wit_trl.to_trl_format` converts Alpaca, Dolly and WIT data, and "
                 "`formatting_func` makes text of any columns."
             )
-        self.check_structure_weights(dataset, texts if of_messages else ())
+        self.check_structure_weights(dataset, tokenizer.columns if tokenizer.of_messages else ())
         self._warn_of_ignored_weights(columns)
-        tokenizer = RowTokenizer(processing_class, texts, of_messages, **templates)
         function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
         unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
         return self.map_rows(dataset, function, "Tokenizing", unused)

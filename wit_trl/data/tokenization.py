@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import has_generation_markers
 
 from .._upstream import common_prefix_length, tokenize_messages
-from ..conversation.chat_template import check_marks
+from ..config import WITSFTConfig
+from ..conversation.chat_template import check_marks, chosen_chat_template, training_chat_template
 from ..conversation.messages import check_answer, check_unicode, read_messages
 from ..conversation.template_memory import TemplateMemory
 from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
-from ..weights import StructureWeights
+from ..weights import NO_PROMPT_MESSAGE, StructureWeights
 
 
 logger = get_logger(__name__)
@@ -167,6 +168,36 @@ class RowTokenizer:
             columns = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
             tokens += [{"input_ids": input_ids, "assistant_masks": masks} for input_ids, masks in columns]
         return tokens
+
+
+def row_tokenizer(
+    example: Row,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    args: WITSFTConfig,
+    pair_template: str | None,
+    assistant_only: bool,
+) -> RowTokenizer | None:
+    """
+    Returns what tokenizes rows with the columns of an example, or `None` if these are those of no type of data set.
+    TRL renders prompts and completions with `pair_template`, if it is not the own template.
+    """
+    columns: tuple[str, ...]
+    templates: dict[str, Any] = {"structure": args.structure_weights}
+    if "prompt" in example and "completion" in example:
+        columns, of_messages = ("prompt", "completion"), isinstance(example["prompt"], list)
+        if assistant_only and pair_template is None:
+            pair_template = training_chat_template(processing_class)
+        templates |= {"chat_template": pair_template, "assistant_only": assistant_only}
+    elif "messages" in example or "conversations" in example:
+        columns, of_messages = ("conversations" if "conversations" in example else "messages",), True
+        templates["chat_template"] = chosen_chat_template(processing_class)
+        templates["tool_template"] = training_chat_template(processing_class, tools=True)
+    elif args.dataset_text_field in example:
+        logger.warning_once(NO_PROMPT_MESSAGE)
+        columns, of_messages = (args.dataset_text_field,), False
+    else:
+        return None
+    return RowTokenizer(processing_class, columns, of_messages, **templates)
 
 
 def _regions(input_ids: list[int], prompt_ids: list[int]) -> list[int]:

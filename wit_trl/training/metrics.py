@@ -175,7 +175,7 @@ class EvaluationSums:
         Adds a batch of all ranks.
 
         Args:
-            terms (`torch.Tensor` of shape `(B, T, 11)`):
+            terms (`torch.Tensor` of shape `(B, T, len(TERMS))`):
                 Its `token_terms`.
             example_lengths (`torch.Tensor`, *optional*):
                 Numbers of tokens of the examples, if all are in one row.
