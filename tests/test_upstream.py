@@ -21,37 +21,32 @@ TABLE = {
     "trl.trainer.utils:add_fused_lm_head": (
         "model, temperature, cast_lm_head_to_fp32, outputs",
         {"422d009f04b6"},
-        "lm_head: the order of the kernel's arguments and results, what is looked up on each call",
+        "loss.lm_head: what it returns; for the one-pass head, how it looks up and calls its kernel",
     ),
     "trl.trainer.utils:FusedCausalLMOutput": (
         "loss, log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1, label_mask, aux_loss",
         {"5ccdd6e41dcb"},
-        "lm_head, metrics: the per-token fields",
+        "loss.lm_head, training.metrics: the per-token fields",
     ),
     "trl.kernels.chunked_logprob:ChunkedLogProbFunction": (
         "args, kwargs",
         {"3661e8975a9f"},
-        "loss: TRL's kernel; kernels.one_pass: ties of top-1",
-    ),
-    "trl.kernels.chunked_logprob:_use_triton": (
-        "device",
-        {"f0510984e05a"},
-        "lm_head: which rows the head scores",
+        "loss.functions: its arguments and results; loss.one_pass: ties of top-1",
     ),
     "trl.data_utils:_tokenize": (
         "processing_class, input, apply_chat_template_kwargs",
         {"5fc8cbcb4cac"},
-        "conversation, tokenization: the tokens of TRL",
+        "conversation.turns, data.tokenization: the tokens of TRL",
     ),
     "trl.data_utils:common_prefix_length": (
         "ids, other_ids",
         {"34e85554d52b"},
-        "conversation, tokenization: where TRL lets the completion begin",
+        "conversation, data.tokenization: where TRL lets the completion begin",
     ),
     "trl.data_utils:get_dataset_column_names": (
         "dataset",
         {"9302e8ece123"},
-        "data_preparation, report, schemas",
+        "data.schemas: the columns of a stream",
     ),
     "trl.trainer.utils:get_config_model_id": (
         "config",
@@ -61,7 +56,7 @@ TABLE = {
     "trl.trainer.utils:global_then_local_main_first": (
         "",
         {"eb8b684b1123"},
-        "data_preparation, training_rows, schemas: the order of the ranks",
+        "data: the order of the ranks",
     ),
     "trl:SFTTrainer.__init__": (
         (
@@ -95,7 +90,7 @@ TABLE = {
     "trl:SFTTrainer.prediction_step": (
         "self, model, inputs, prediction_loss_only, ignore_keys",
         {"2db888fb0567"},
-        "WITSFTTrainer._is_overridden: the step that subclasses override",
+        "WITSFTTrainer.compute_loss: the step that subclasses override",
     ),
     "trl:SFTTrainer.log": (
         "self, logs, start_time",
@@ -119,7 +114,7 @@ TABLE = {
             "steps_trained_in_current_epoch"
         ),
         {"31aff00f34c3"},
-        "ParallelMixin._run_epoch: how it resumes",
+        "ParallelMixin._run_epoch: how it resumes, and where it looks for what skips batches",
     ),
     "transformers:Trainer._get_num_items_in_batch": (
         "self, batch_samples, device",
@@ -139,17 +134,17 @@ TABLE = {
     "transformers:Trainer.evaluation_loop": (
         "self, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
         {"a0fe4d6536f8"},
-        "WITSFTTrainer.evaluation_loop: the metrics, and how losses are gathered",
+        "EvaluationMixin: the metrics, and how losses are gathered",
     ),
     "transformers.trainer_utils:sort_checkpoints": (
         "output_dir, checkpoint_prefix, use_mtime, best_model_checkpoint",
         {"dad8bd44da25"},
-        "checkpoints: the order of the folders",
+        "training.checkpoints: the order of the folders",
     ),
     "transformers:ProcessorMixin.get_text_with_replacements": (
         "self, text, images_replacements, videos_replacements, audio_replacements",
         {"25fbe1cc5216"},
-        "vision_data_collator: what stands for an image",
+        "data.vision_collator: what stands for an image",
     ),
     "accelerate:skip_first_batches": (
         "dataloader, num_batches",
@@ -159,7 +154,7 @@ TABLE = {
     "accelerate:Accelerator.gather_for_metrics": (
         "self, input_data, use_gather_object",
         {"ddc20a024757", "601e68c2b3e1"},
-        "metrics.gather_examples: which examples fill up the last batch",
+        "training.metrics: which examples fill up the last batch",
     ),
     "deepspeed.runtime.sequence_parallel.ulysses_sp:UlyssesSPDataLoaderAdapter": (
         "dl, sp_rank, sp_group, sp_world_size, device",
@@ -169,12 +164,12 @@ TABLE = {
     "peft.utils.integrations:dequantize_module_weight": (
         "module",
         {"745bb18021ab"},
-        "lm_head: a quantized head",
+        "loss.lm_head: a quantized head",
     ),
     "peft.utils:ModulesToSaveWrapper": (
         "module_to_save, adapter_name, tied_module",
         {"0a45ffcf6a1d", "098fa076e9c4"},
-        "_upstream.trained_copy: a head that PEFT trains",
+        "_upstream.trained_copy: the copy that FSDP1 wraps by itself",
     ),
     "bitsandbytes.nn:Linear4bit.forward": (
         "self, x",
@@ -213,12 +208,14 @@ def test_nothing_that_is_relied_on_has_changed(path):
 
 
 def test_a_change_is_named(monkeypatch):
-    def use_triton(device):
-        return False
+    def get_dataset_column_names(dataset):
+        return []
 
-    monkeypatch.setattr("trl.kernels.chunked_logprob._use_triton", use_triton)
-    with pytest.raises(AssertionError, match=r"the source of trl\.kernels\S+:_use_triton changed: read .* for lm_head"):
-        check("trl.kernels.chunked_logprob:_use_triton")
+    monkeypatch.setattr("trl.data_utils.get_dataset_column_names", get_dataset_column_names)
+    with pytest.raises(
+        AssertionError, match=r"the source of trl\.data_utils:get_\S+ changed: .* for data\.schemas"
+    ):
+        check("trl.data_utils:get_dataset_column_names")
 
 
 def test_every_name_from_elsewhere_is_in_the_table():

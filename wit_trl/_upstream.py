@@ -3,9 +3,9 @@ Everything private of other packages that training relies on. Each entry says wh
 not do, and when it can go. `tests/test_upstream.py` holds the signature and the source of each: when a release moves
 one, the test names it, and what stands here has to be read again.
 
-Two functions of other packages are replaced by hooks, each when it is first needed: the kernel of TRL's LM head, where
-the one-pass head runs, and the skipping of batches, under DeepSpeed's sequence parallelism. Elsewhere a hook does what
-the function did, also in another thread.
+Two functions of other packages are replaced by hooks, where they are first needed: the kernel of TRL's LM head, where
+the one-pass head runs, and what skips batches, under DeepSpeed's sequence parallelism. For all others, also in another
+thread, a hook does what the function did.
 
 Private methods that are overridden stand where they belong:
 - `WITSFTTrainer`: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_reject_skip_prepare_without_labels` of
@@ -100,8 +100,9 @@ def _skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
 
 def restart(loader: Any, epoch: int) -> None:
     """
-    Starts an epoch of DeepSpeed's data loader for sequence parallelism. It has no epochs: it would go on behind the end
-    of the last one, in which `Trainer` would lose a step, and in its order. Can go when it is one.
+    Starts an epoch of DeepSpeed's data loader for sequence parallelism, of which `Trainer` may then skip batches. The
+    loader has no epochs: it would go on behind the end of the last one, where `Trainer` would lose a step, and in the
+    order of that one. Can go when it is a `DataLoader`.
     """
     transformers.trainer.skip_first_batches = _skip_first_batches
     loader.dl.set_epoch(epoch)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from wit_trl import WITSFTTrainer
+from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl.loss.lm_head import weighted_forward as forward
+from wit_trl.loss.token_factors import TOKEN_FACTORS
 
 from ..helpers import WEIGHTS, StepRecorder, make_trainer
 from ..reference import formula, formula_with_data_weights, region_sums, tokenize
@@ -128,6 +130,23 @@ def test_mean_does_not_jump_where_the_prompt_joins_in(rows, make_model, tokenize
     assert counted["loss"] < 0.9 * log["loss"]
     sums, counts = region_sums(make_model(max_position_embeddings=4096).double(), rows)
     assert log["loss"] == pytest.approx((sums[1] / counts[1]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [("nll", 0), ("dft", 2)])
+def test_factors_are_computed_where_there_are_some(
+    loss_type, expected, head, rows, make_model, tokenizer, config_kwargs, monkeypatch
+):
+    computed = []
+    monkeypatch.setattr("wit_trl.trainer.weighted_forward", lambda *args: computed.append(args[4]) or forward(*args))
+    trainer, *_ = train(WITSFTTrainer, rows, make_model, tokenizer, config_kwargs, loss_type=loss_type)
+    trainer.evaluate(Dataset.from_list(rows))
+    assert len(computed) == 3  # two micro-batches and the evaluation
+    assert sum(factors is not None for factors in computed) == expected
+
+
+def test_every_name_of_the_table_may_be_chosen(tmp_path):
+    for name in TOKEN_FACTORS:
+        assert TOKEN_FACTORS[WITSFTConfig(tmp_path, loss_type=name, use_cpu=True).loss_type] is TOKEN_FACTORS[name]
 
 
 def test_factors_of_a_trainer_may_be_set_on_it(rows, make_model, tokenizer, config_kwargs):

@@ -1,6 +1,5 @@
 """The public loss functions: `wit_loss`, the reference form; `weighted_linear_cross_entropy`, without full logits."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -146,9 +145,8 @@ def weighted_linear_cross_entropy(
     if scored is None:
         scored = token_weights != 0
     kernel = one_pass.weighted_nll if uses_one_pass(fused_head, hidden_states.device) else _weighted_nll_of_trl
-    factors = None if token_factors is None else functools.partial(_factors_of_copies, token_factors)
     token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
-    params = HeadParams(targets, token_weights, scored, logit_scale, softcap, factors)
+    params = HeadParams(targets, token_weights, scored, logit_scale, softcap, token_factors)
     loss, scores = kernel(hidden_states, weight, bias, params)
     return LinearCrossEntropyOutput(loss, *scores)
 
@@ -179,15 +177,10 @@ def weighted_sum(
     if token_factors is not None:
         # Found once, since the host waits for it
         index = scored.nonzero(as_tuple=True) if isinstance(scored, torch.Tensor) else ...
-        factors = _factors_of_copies(token_factors, nll.detach()[index], entropy.detach()[index])
         token_weights = token_weights.clone()
-        token_weights[index] *= factors
+        with torch.no_grad():
+            token_weights[index] *= token_factors(nll[index].clone(), entropy[index].clone())
     return (nll * token_weights).sum()
-
-
-@torch.no_grad()
-def _factors_of_copies(token_factors: TokenFactors, nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-    return token_factors(nll.clone(), entropy.clone())
 
 
 def _weighted_nll_of_trl(
@@ -197,16 +190,10 @@ def _weighted_nll_of_trl(
     The same as `one_pass.weighted_nll` by TRL's kernel, which scores every target, with the weights applied to its
     result. Without factors, or with all tokens scored, it does not make the host wait for the device.
     """
+    temperature, outputs = 1.0, ("entropy", "is_top1")
     log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
-        hidden_states,
-        weight,
-        bias,
-        params.targets.clamp(min=0),
-        1.0,  # temperature
-        _VOCABULARY_CHUNK,
-        params.softcap,
-        params.logit_scale,
-        ("entropy", "is_top1"),
+        *(hidden_states, weight, bias, params.targets.clamp(min=0)),
+        *(temperature, _VOCABULARY_CHUNK, params.softcap, params.logit_scale, outputs),
     )
     nll, entropy, token_weights, scored = -log_probs, entropy.detach(), params.token_weights, params.scored
     if isinstance(scored, torch.Tensor):

@@ -15,6 +15,7 @@ The flow of a call of `weighted_forward`:
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -104,68 +105,51 @@ def weighted_forward(
         labels[:, 0] = -100  # which nothing predicts, unless prompt learning puts virtual tokens in front
         inputs = {**inputs, "labels": labels}
         scored, token_weights = labels[:, 1:] != -100, token_weights[:, 1:]
+    cut = (slice(None), slice(-scored.size(1), None))  # of virtual tokens
     if uses_one_pass(fused_head, scored.device):
         kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors)
         with _whole_head(), use_kernel(kernel):
             outputs = model(**inputs, fused_lm_head=True)
-        kernel.check_that_it_ran()
-        loss, nll = -outputs.log_probs.sum(), outputs.mean_logits[:, -scored.size(1) :]
-    else:
-        with _whole_head():
-            outputs = model(**inputs, fused_lm_head=True)
-        nll = -outputs.log_probs[:, -scored.size(1) :].float()  # FSDP2 casts what a model returns
-        entropy = outputs.entropy[:, -scored.size(1) :].float()
-        token_weights, scored, divisor = (
-            torch.as_tensor(x, device=nll.device) for x in (token_weights, scored, num_items_in_batch)
-        )
-        loss = weighted_sum(nll, entropy, token_weights / not_zero(divisor), scored, token_factors)
-    outputs["loss"], outputs["mean_logits"] = loss, None
-    outputs["log_probs"] = -nll.detach()
-    for name in ("entropy", "is_top1", "label_mask"):
-        outputs[name] = outputs[name][:, -scored.size(1) :].detach()  # without virtual tokens
-    return outputs
-
-
-class _WeightedKernel:
-    """
-    Stands for the kernel of TRL's fused LM head, [`~trl.kernels.ChunkedLogProbFunction`], in one call of the head.
-
-    Args:
-        token_weights (`torch.Tensor` of shape `(B, T)`): Weight of each target.
-        scored (`torch.Tensor` of shape `(B, T)`): Whether the target has a label.
-        num_items_in_batch, token_factors: As in [`weighted_linear_cross_entropy`].
-    """
-
-    def __init__(
-        self,
-        token_weights: torch.Tensor,
-        scored: torch.Tensor,
-        num_items_in_batch: torch.Tensor | float,
-        token_factors: TokenFactors | None,
-    ):
-        self._token_weights, self._scored = token_weights, scored
-        self._num_items_in_batch, self._token_factors = num_items_in_batch, token_factors
-        self._has_run = False
-
-    def check_that_it_ran(self) -> None:
-        """
-        Raises:
-            `RuntimeError`: the loss of the call is without weights.
-        """
-        if not self._has_run:
+        if not kernel.has_run:
             raise RuntimeError(
                 "TRL's fused LM head ran another kernel than the one with the weights: it was called in another "
                 "thread, or this version of TRL chooses its kernel in another way. Launch a process for each device "
                 "with `accelerate launch`, and see docs/versions.md for the versions that were run."
             )
+        loss, nll = -outputs.log_probs.sum(), outputs.mean_logits[cut]
+    else:
+        with _whole_head():
+            outputs = model(**inputs, fused_lm_head=True)
+        # In float32, since FSDP2 casts what a model returns
+        nll, entropy = -outputs.log_probs[cut].float(), outputs.entropy[cut].float()
+        token_weights, scored, divisor = (
+            torch.as_tensor(x, device=nll.device) for x in (token_weights, scored, num_items_in_batch)
+        )
+        loss = weighted_sum(nll, entropy, token_weights / not_zero(divisor), scored, token_factors)
+    outputs["loss"], outputs["log_probs"], outputs["mean_logits"] = loss, -nll.detach(), None
+    for name in ("entropy", "is_top1", "label_mask"):
+        outputs[name] = outputs[name][cut].detach()
+    return outputs
+
+
+@dataclass(eq=False)
+class _WeightedKernel:
+    """Stands for TRL's kernel, [`~trl.kernels.ChunkedLogProbFunction`], in one call of `weighted_forward`."""
+
+    token_weights: torch.Tensor  # (B, T), of each target
+    scored: torch.Tensor  # (B, T), whether the target has a label
+    num_items_in_batch: torch.Tensor | float
+    token_factors: TokenFactors | None
+    has_run: bool = False
 
     @torch.compiler.disable
     def __call__(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        self._has_run = True
+        self.has_run = True
         device = hidden_states.device
-        token_weights, scored = self._token_weights.to(device), self._scored.to(device)
-        divisor = torch.as_tensor(self._num_items_in_batch, device=device)
-        # On a GPU, TRL hands over the rows that have a label alone, else all rows
+        token_weights, scored, divisor = (
+            torch.as_tensor(x, device=device) for x in (self.token_weights, self.scored, self.num_items_in_batch)
+        )
+        # On a GPU, TRL hands over only the rows that have a label, elsewhere all rows
         is_compact = len(targets) < scored.numel()
         if is_compact:  # their number is known, so the host need not wait until they are found
             labelled = scored.reshape(-1).byte().argsort(descending=True, stable=True)[: len(targets)]
@@ -179,7 +163,7 @@ class _WeightedKernel:
             logit_scale=logit_scale,
             softcap=softcap,
             scored=is_compact or scored,
-            token_factors=self._token_factors,
+            token_factors=self.token_factors,
             fused_head="one_pass",
         )
         # The first scored token carries the loss and its gradient. TRL masks those that are not scored.
@@ -220,10 +204,11 @@ def _get_output_embeddings(self: PreTrainedModel) -> Any:
     if isinstance(head, FSDPModule):
         head.unshard()
         heads.append(head)
-    elif isinstance(copy := trained_copy(head), FullyShardedDataParallel):  # FSDP1 wraps the copy that PEFT trains
+    elif any(isinstance(module, FullyShardedDataParallel) for module in head.modules()):
         # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
-        copy.module.forward = MethodType(_forward_or_parameters, copy.module)
-        weight, bias = copy()
+        group: Any = trained_copy(head)  # which FSDP1 wraps by itself
+        group.module.forward = MethodType(_forward_or_parameters, group.module)
+        weight, bias = group()
         return SimpleNamespace(weight=weight, bias=bias)
     return head
 

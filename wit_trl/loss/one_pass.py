@@ -201,7 +201,7 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
         nll.copy_((log_normaliser - z_target).squeeze(1))
         entropy.copy_(log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z) / normaliser.squeeze(1))
         if params.token_factors is not None:
-            token_weights *= params.token_factors(nll, entropy)
+            token_weights *= params.token_factors(nll.clone(), entropy.clone())
         if needs_gradient:
             # p_target - 1, formed before any rounding
             exp.scatter_(1, target, torch.exp(z_target) - normaliser)

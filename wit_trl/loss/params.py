@@ -12,8 +12,8 @@ from .token_factors import TokenFactors
 @dataclass(frozen=True, eq=False)
 class HeadParams:
     """
-    What the hidden states of `N` tokens are scored with. As in [`weighted_linear_cross_entropy`], except that the
-    weights are divided already, and that the factors leave alone what they get.
+    What the hidden states of `N` tokens are scored with: arguments of [`weighted_linear_cross_entropy`], with the
+    weights over the divisor already.
     """
 
     targets: torch.Tensor  # (N,)

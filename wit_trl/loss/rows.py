@@ -32,7 +32,7 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
     with torch.accelerator.device_index(logits.device.index):  # Triton launches on the current device
         launch(HAS_SCORES=False, HAS_GRADIENT=needs_gradient and factors is None)
         if factors is not None:
-            params.token_weights.mul_(factors(scores.nll, scores.entropy))
+            params.token_weights.mul_(factors(scores.nll.clone(), scores.entropy.clone()))
             if needs_gradient:
                 launch(HAS_SCORES=True, HAS_GRADIENT=True)
 
