@@ -13,7 +13,8 @@ import yaml
 
 import wit_trl.data.collator
 from wit_trl.cli import arguments, inspect, launch
-from wit_trl.sweep.command import SWEEP_DEFAULTS, SweepArguments, settings_of
+from wit_trl.sweep.arguments import SweepArguments
+from wit_trl.sweep.command import parse_sweep_flags, settings_of
 
 from . import test_paper
 from .helpers import make_trainer
@@ -159,8 +160,8 @@ def in_a_folder(tmp_path, monkeypatch):
         (tmp_path / name).write_text(configuration)
 
 
-def check_training(flags, types=arguments.TRAINING_TYPES):
-    parsed = arguments.parse_flags(types, flags, prog="documentation")
+def check_training(flags):
+    parsed = arguments.Flags(arguments.TRAINING_TYPES, flags, prog="documentation")
     parsed.check()
     return parsed
 
@@ -183,19 +184,20 @@ def test_commands_are_parsed(page, command, in_a_folder, capsys):
         assert args[0] in ("sft", "sweep", "inspect")
     elif args[0] == "sft":
         parsed = check_training(args[1:])
-        launched = arguments.parse_launch_flags([*parsed.launch_in_file, *parsed.launch_on_line], "module")
+        launched = arguments.parse_launch_flags(parsed.launch_flags, "module")
         if launched.accelerate_config is not None:
             assert launch.accelerate_config_file(launched.accelerate_config).is_file()
     elif args[0] == "sweep":
-        parsed = arguments.parse_flags((SweepArguments, *arguments.TRAINING_TYPES), args[1:], defaults=SWEEP_DEFAULTS)
-        SweepArguments(**vars(parsed.unchecked[0]))
+        parsed = parse_sweep_flags(args[1:])
+        parsed.make(SweepArguments)
         settings = settings_of(parsed)
         assert settings["max_grad_norm"] == 0
         assert "prompt_loss_weight" not in settings  # which training.yaml has
     else:
         assert args[0] == "inspect"
-        training = (arguments.ScriptArguments, inspect._DataConfig, arguments.ModelConfig)
-        parsed = check_training(args[1:], (inspect.InspectionArguments, *training, arguments.DatasetMixtureConfig))
+        parsed = arguments.Flags((inspect.InspectionArguments, *arguments.TRAINING_TYPES), args[1:])
+        parsed.make(inspect.InspectionArguments)
+        parsed.check(inspect._DataConfig)
         assert parsed.launch_on_line == []
 
 

@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from wit_trl import WITSFTConfig
-from wit_trl.cli.arguments import TRAINING_TYPES, parse_flags, parse_launch_flags
+from wit_trl.cli.arguments import TRAINING_TYPES, Flags, parse_launch_flags
 
 
 REPOSITORY = Path(__file__).parent.parent
@@ -218,9 +218,10 @@ def test_settings_of_the_paper(tmp_path):
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=60)
         command, *arguments = (tmp_path / "arguments").read_text().splitlines()
         assert command == "sft"
-        flags = parse_flags(TRAINING_TYPES, arguments)
-        launched = parse_launch_flags(flags.launch_on_line, "module")
-        _, args, model_args, _ = flags.check()
+        flags = Flags(TRAINING_TYPES, arguments)
+        launched = parse_launch_flags(flags.launch_flags, "module")
+        checked = flags.check()
+        args, model_args = checked.training, checked.model
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * launched.num_processes == 64
         assert (args.prompt_loss_weight, args.completion_loss_weight) == pair
         assert (args.max_grad_norm, args.weight_decay, args.seed, args.max_length) == (0, 0.1, 23, 4096)

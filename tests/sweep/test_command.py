@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file
 
 from wit_trl.cli import main, sft
-from wit_trl.sweep.command import SweepArguments
+from wit_trl.sweep.arguments import SweepArguments
 from wit_trl.sweep.pairs import BASELINE, PAPER_PAIRS
 
 

@@ -1,16 +1,26 @@
-"""The flags of the commands, on the command line and in a YAML file, and what users get wrong, in one sentence."""
+"""
+The flags of the commands, and one sentence for what a user gets wrong.
+
+1. [`Flags`] reads the command line and the YAML file, and refuses a name that no flag has.
+2. `Flags.make` and `Flags.check` make dataclasses of the values. Model and data decide which defaults these have.
+
+The process that launches a training takes the first step alone, because the second looks for devices.
+"""
 
 import argparse
 import difflib
+import importlib.util
+import inspect
 import itertools
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, NoReturn, TypeVar
 
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -21,6 +31,7 @@ from ..embedded import EMBEDDED_DEFAULTS
 
 
 TRAINING_TYPES = (ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig)
+T = TypeVar("T")
 
 _EPILOG = """
 Without --model_name_or_path and --dataset_name, it is the embedded default: a small model and the functions of Python's
@@ -33,8 +44,8 @@ or fsdp; `wit-trl inspect` ignores them. --debug without a value shows the trace
 @contextmanager
 def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
     """
-    Ends the process with one sentence for what a user can get wrong, which one process of a machine alone prints. With
-    `debug` the error is raised as it is.
+    Ends the process with one sentence for what a user can get wrong. Of several processes on a machine, one prints it.
+    With `debug` the error is raised as it is.
     """
     try:
         yield
@@ -44,18 +55,19 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
         message = f"error: {error}"
         if isinstance(error, DatasetsError) and error.__cause__:
             message += f": {error.__cause__}"
-    else:
-        return
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        # Time for the first process to print the same error. It ends the others; an error of this one alone is printed
-        time.sleep(20)
-    sys.exit(message)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Mostly all processes have the same error. The first one prints it meanwhile, and its end ends this one
+            time.sleep(20)
+        sys.exit(message)
 
 
-def split_debug(args: Sequence[str]) -> tuple[list[str], bool]:
-    """Returns the arguments without `--debug`, and whether it was there. With a value it is a flag of the training."""
+def split_debug(args: Sequence[str] | None = None) -> tuple[list[str], bool]:
+    """
+    Returns the arguments without `--debug`, and whether it was there. With a value it is a flag of the training. By
+    default the arguments are those of the process.
+    """
     left, debug = [], False
-    for flag, following in itertools.pairwise([*args, "-"]):
+    for flag, following in itertools.pairwise([*(sys.argv[1:] if args is None else args), "-"]):
         if flag == "--debug" and following.startswith("-"):
             debug = True
         else:
@@ -63,114 +75,115 @@ def split_debug(args: Sequence[str]) -> tuple[list[str], bool]:
     return left, debug
 
 
+def check_packages(what: str, *packages: str) -> None:
+    """Raises `ValueError` if one of these packages, which `what` needs, is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise ValueError(f"{what} needs {', '.join(missing)}. Install it with `pip install {' '.join(missing)}`.")
+
+
 @dataclass
+class Arguments:
+    """The checked arguments of a training."""
+
+    script: ScriptArguments
+    training: WITSFTConfig
+    model: ModelConfig
+    dataset: DatasetMixtureConfig
+
+
 class Flags:
     """
-    The flags of a command as they were given. See [`parse_flags`].
+    The flags of a command as they were given, on the command line and in the file of `--config`.
 
     Args:
-        dataclass_types (`Sequence[type]`): The dataclasses.
-        args (`list[str]`): The arguments on the command line.
-        prog (`str`, *optional*): The name of the program.
-        unchecked (`tuple`): An instance of each dataclass, without what its `__post_init__` checks and changes.
-        launch_in_file (`list[str]`): The flags of `accelerate launch` in the YAML file.
-        launch_on_line (`list[str]`): The flags of `accelerate launch` on the command line.
-        defaults (`dict`): The defaults that the command has instead of those of the dataclasses.
+        dataclass_types (`Sequence[type]`): The dataclasses whose fields are flags.
+        args (`Sequence[str]`): The command line, without a `--debug` that has no value.
+        prog (`str`, *optional*): What `--help` calls the program, by default the file that was started.
+        defaults (`dict`, *optional*): Defaults instead of those of the dataclasses.
+        embedded_defaults (`dict`, *optional*): Further defaults, for the embedded model and data.
+
+    Raises:
+        `ValueError`: a flag that does not exist, or a value of another type.
     """
 
-    dataclass_types: Sequence[type]
-    args: list[str]
-    prog: str | None
-    unchecked: tuple[Any, ...]
-    launch_in_file: list[str]
-    launch_on_line: list[str]
-    defaults: dict[str, Any]
+    def __init__(
+        self,
+        dataclass_types: Sequence[type],
+        args: Sequence[str],
+        prog: str | None = None,
+        defaults: dict[str, Any] | None = None,
+        embedded_defaults: dict[str, Any] = EMBEDDED_DEFAULTS,
+    ):
+        self.args, self.defaults, self.embedded_defaults = _config_apart(args), defaults or {}, embedded_defaults
+        parser = _Parser(dataclass_types, prog, self.defaults)
+        given, launch_in_file, self.launch_on_line = parser.parse_args_and_config(
+            self.args, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        _check_names(parser, launch_in_file, in_file=True)
+        _check_names(parser, self.launch_on_line, in_file=False)
+        self.given: dict[str, Any] = vars(given)  # by the name of the flag
+        # Those of `accelerate launch`. The last one counts
+        self.launch_flags = [*launch_in_file, *self.launch_on_line]
 
     @property
     def is_embedded(self) -> bool:
         """Whether neither model nor data is named. Raises `ValueError` if only one of them is."""
-        *_, script_args, _, model_args, dataset_args = self.unchecked
-        has_data = bool(script_args.dataset_name or dataset_args.datasets)
-        if has_data != (model_args.model_name_or_path is not None):
+        has_data = bool(self.given.get("dataset_name") or self.given.get("datasets"))
+        if has_data != (self.given.get("model_name_or_path") is not None):
             raise ValueError("Pass both --model_name_or_path and --dataset_name, or neither for the embedded default.")
         return not has_data
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values by the name of the flag, with all defaults that are not those of the dataclasses."""
+        return (self.embedded_defaults if self.is_embedded else {}) | self.defaults | self.given
+
+    def make(self, dataclass_type: type[T]) -> T:
+        """Returns an instance of a dataclass. Raises `ValueError` for a model without data, or what it refuses."""
+        names = inspect.signature(dataclass_type).parameters
+        return dataclass_type(**{name: value for name, value in self.values.items() if name in names})
+
+    def check(self, config_type: type[WITSFTConfig] = WITSFTConfig) -> Arguments:
+        """Returns the arguments of the training. Raises `ValueError` as `make` does."""
+        return Arguments(
+            self.make(ScriptArguments), self.make(config_type), self.make(ModelConfig), self.make(DatasetMixtureConfig)
+        )
+
     def as_config(self) -> dict[str, Any]:
-        """Returns what a YAML file with these flags holds, those of the launcher included: all that is no default."""
-        defaults = _parser([type(given) for given in self.unchecked], self.prog).parse_args_into_dataclasses([])
-        config = {
-            name: getattr(value, "value", value)  # of an enumeration
-            for given, default in zip(self.unchecked, defaults, strict=False)  # and what no dataclass has
-            for name, value in vars(given).items()
-            if value != getattr(default, name)
-        }
-        for flag, following in itertools.pairwise([*self.launch_in_file, *self.launch_on_line, "--"]):
+        """Returns what a YAML file for `wit-trl sft` holds: what is no default, and the flags of the launcher."""
+        values, config = self.values, {}
+        for field in (field for dataclass_type in TRAINING_TYPES for field in fields(dataclass_type)):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if (value := values.get(field.name, default)) != default:
+                config[field.name] = value
+        for flag, following in itertools.pairwise([*self.launch_flags, "--"]):
             if flag.startswith("--"):
                 name, _, value = flag[2:].partition("=")
                 config[name.replace("-", "_")] = value or (True if following.startswith("--") else following)
         return config
 
-    def check(self) -> tuple[Any, ...]:
-        """
-        Returns an instance of each dataclass. Without model and data, they have the `EMBEDDED_DEFAULTS`.
-
-        Raises:
-            `ValueError`: a model without data, data without a model, or what the dataclasses refuse.
-        """
-        parser = _parser(self.dataclass_types, self.prog)
-        parser.set_defaults_with_config(**(EMBEDDED_DEFAULTS if self.is_embedded else {}) | self.defaults)
-        return parser.parse_args_and_config(self.args, return_remaining_strings=True)[: len(self.dataclass_types)]
-
-
-def parse_flags(
-    dataclass_types: Sequence[type],
-    args: Sequence[str] | None = None,
-    prog: str | None = None,
-    defaults: dict[str, Any] | None = None,
-) -> Flags:
-    """
-    Returns the flags of the command line and of `--config`.
-
-    Args:
-        dataclass_types (`Sequence[type]`):
-            The dataclasses: any of the caller's, then the `TRAINING_TYPES` or subclasses of them.
-        args (`Sequence[str]`, *optional*):
-            The arguments, without a `--debug` that has no value. By default those of the process.
-        prog (`str`, *optional*):
-            What `--help` calls the program, by default the file that was started.
-        defaults (`dict`, *optional*):
-            Defaults instead of those of the dataclasses.
-
-    Raises:
-        `ValueError`: a flag that does not exist, or a value of another type.
-    """
-    args = _config_apart(sys.argv[1:] if args is None else args)
-    unchecked: list[type] = [
-        dataclass(type(cls.__name__, (cls,), {"__post_init__": lambda self: None})) for cls in dataclass_types
-    ]
-    parser = _parser(unchecked, prog)
-    parser.set_defaults_with_config(**defaults or {})
-    *arguments, _, in_file, on_line = parser.parse_args_and_config(
-        args, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    _check_names(parser, in_file, in_file=True)
-    _check_names(parser, on_line, in_file=False)
-    return Flags(dataclass_types, args, prog, tuple(arguments), in_file, on_line, defaults or {})
-
 
 class _Parser(TrlParser):
-    """A parser that raises where argparse prints the names of all flags and ends the process."""
+    """
+    A parser of the flags that were given, without defaults. It raises `ValueError` where argparse prints the names of
+    all flags and ends the process.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], prog: str | None, defaults: dict[str, Any]):
+        # No abbreviations: the next version of TRL or of accelerate may give them another meaning
+        super().__init__(dataclass_types, prog=prog, allow_abbrev=False, epilog=_EPILOG)
+        self.set_defaults_with_config(**defaults)
+        for action in self._actions[1:]:  # the first one is `--help`, which shows the defaults
+            if action.help:
+                action.help += f" (default: {action.default})".replace("%", "%%")
+            action.default = argparse.SUPPRESS
+        self.dataclass_types = ()  # the values come in a namespace instead
+        # TrlParser takes it out of the arguments before it parses
+        self.add_argument("--config", help="YAML file with any of the flags.")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[0].upper()}{message[1:]}. `{self.prog} -h` lists the flags.")
-
-
-def _parser(dataclass_types: Sequence[type], prog: str | None) -> TrlParser:
-    # No abbreviations: the next version of TRL or of accelerate may give them another meaning
-    parser = _Parser(dataclass_types, prog=prog, allow_abbrev=False, epilog=_EPILOG)
-    # TrlParser takes it out of the arguments before it parses
-    parser.add_argument("--config", help="YAML file with any of the flags.")
-    return parser
 
 
 def _config_apart(args: Sequence[str]) -> list[str]:
@@ -199,8 +212,8 @@ def launch_parser() -> argparse.ArgumentParser:
 
 def parse_launch_flags(flags: Sequence[str], module: str = "", module_args: Sequence[str] = ()) -> argparse.Namespace:
     """
-    Returns the flags as `accelerate launch` parses them before the module that it starts. Those that take no value may
-    have True or False, as the flags of the training.
+    Returns the flags as `accelerate launch` parses them before the module that it starts. As in a YAML file, True or
+    False may follow a flag that takes no value.
     """
     parser = launch_parser()
     given: list[str] = []
@@ -222,7 +235,7 @@ def _check_names(parser: TrlParser, flags: list[str], in_file: bool) -> None:
         return
     launch = launch_parser()._option_string_actions
     for flag in (flag.split("=")[0] for flag in flags):
-        if not flag.startswith("-") or flag in launch or _is_number(flag):
+        if flag in launch or re.match(r"-+[^-\d.]", flag) is None:  # the latter is a value
             continue
         # Each is known with underscores and with hyphens
         names = {name[2:].replace("-", "_") for name in (*parser._option_string_actions, *launch) if len(name) > 2}
@@ -232,11 +245,3 @@ def _check_names(parser: TrlParser, flags: list[str], in_file: bool) -> None:
         remedy = f"Did you mean {prefix}{nearest[0]}?" if nearest else f"`{parser.prog} -h` lists the flags."
         raise ValueError(f"{there_is_no} {flag.removeprefix('--') if in_file else flag}. {remedy}")
     parse_launch_flags(flags)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""`wit-trl sft` up to its training: what it was asked for, and `accelerate launch` in this process."""
+"""`wit-trl sft` up to its training: it reads the flags, and runs `accelerate launch` in this process."""
 
 import logging
 import os
@@ -16,15 +16,15 @@ from accelerate.commands.launch import launch_command
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, parse_launch_flags, split_debug
+from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_launch_flags, split_debug
 
 
-# The package in a wheel, and the top-level folder in a clone
+# In a wheel they are in the package, in a clone at the top
 _CONFIG_FOLDERS = [Path(__file__).parents[1] / "accelerate_configs", Path(__file__).parents[2] / "accelerate_configs"]
 
 
 def accelerate_config_file(name: str) -> Path:
-    """Returns the file of an accelerate configuration: a path, or the name of one that is shipped, such as `fsdp`."""
+    """Returns the file of an accelerate configuration. Its name is a path or that of a shipped one, such as `fsdp`."""
     shipped = {file.stem: file for folder in _CONFIG_FOLDERS for file in folder.glob("*.yaml")}
     if Path(name).is_file():
         return Path(name)
@@ -37,28 +37,26 @@ def accelerate_config_file(name: str) -> Path:
 
 def main(args: Sequence[str], module: str = "wit_trl.cli.sft", types: Sequence[type] = TRAINING_TYPES) -> None:
     """
-    Launches a training. `args` are the arguments after `wit-trl sft`, `module` is what each process runs, and `types`
-    are the dataclasses of its flags.
+    Launches a training. `args` are the arguments after `wit-trl sft`. Each process runs `module`, and the fields of
+    `types` are its flags.
     """
     args, debug = split_debug(args)
     with errors_in_one_sentence(debug):
-        flags = parse_flags(types, args, prog="wit-trl sft")
-        training = _without(flags.args, flags.launch_on_line) + ["--debug"] * debug
-        launched = parse_launch_flags(
-            [*flags.launch_in_file, *flags.launch_on_line], module=module, module_args=training
-        )
+        flags = Flags(types, args, prog="wit-trl sft")
+        training = _without(flags.args, flags.launch_on_line)
+        if debug:
+            training.append("--debug")
+        launched = parse_launch_flags(flags.launch_flags, module, training)
         if launched.accelerate_config is not None and launched.config_file is None:
             launched.config_file = str(accelerate_config_file(launched.accelerate_config))
-        *_, training_args, _, _ = flags.unchecked
-        _suit_cpu(launched, training_args.use_cpu)
+        _suit_cpu(launched, flags.given.get("use_cpu", False))
         with _status_of_the_training():
             launch_command(launched)
 
 
 def _without(args: list[str], remaining: list[str]) -> list[str]:
-    """Returns the arguments without those that the parser did not know, which come in the same order."""
-    left = []
-    unknown = [*remaining]
+    """Returns the arguments without the remaining ones, which the parser did not know. Both are in the same order."""
+    left, unknown = [], list(remaining)
     for arg in args:
         if unknown and arg == unknown[0]:
             unknown.pop(0)
@@ -69,16 +67,15 @@ def _without(args: list[str], remaining: list[str]) -> list[str]:
 
 def _suit_cpu(launched: Namespace, use_cpu: bool) -> None:
     """
-    Sets what `accelerate launch` does not suit to a training on CPUs, unless a flag says otherwise:
+    Sets what a training on CPUs needs and `accelerate launch` does not choose, unless a flag says otherwise:
 
-    - all cores, divided among the processes, instead of one for each;
+    - all cores, divided among the processes. The launcher would give one to each;
     - no mixed precision from a file that was written for GPUs: without instructions for it, bfloat16 made a step 8
-      times slower. That of the training arguments stays;
+      times slower. The training arguments may still ask for it;
     - several processes, if they were asked for without a file. The launcher would start one.
     """
-    config = None
-    if launched.config_file is not None or Path(default_config_file).is_file():
-        config = load_config_from_file(launched.config_file)
+    has_file = launched.config_file is not None or Path(default_config_file).is_file()
+    config = load_config_from_file(launched.config_file) if has_file else None
     written_for_cpu = config is not None and config.use_cpu
     if not (use_cpu or launched.cpu or written_for_cpu) and torch.accelerator.is_available():
         return
@@ -94,11 +91,14 @@ def _suit_cpu(launched: Namespace, use_cpu: bool) -> None:
 
 @contextmanager
 def _status_of_the_training() -> Iterator[None]:
-    """Ends this process as the training ended, which has said why: without the traceback of the launcher."""
-    # These repeat the exit status of each process
+    """
+    Ends this process with the exit status of the training. The training has said why it failed, so the traceback of the
+    launcher is left out.
+    """
+    # These loggers repeat the exit status of each process
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # It lists the flags that were not given
+    # This one lists the flags that were not given
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     try:
         yield
@@ -109,10 +109,10 @@ def _status_of_the_training() -> Iterator[None]:
         _, failure = error.get_first_failure()
         status = failure.exitcode
     except SignalException as error:
-        sys.exit(128 + error.sigval)
+        status = 128 + error.sigval
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    if status < 0:  # what was killed could say nothing
+        status = 128 + signal.SIGINT
+    if status < 0:  # the process was killed and could say nothing
         name = signal.Signals(-status).name
         print(f"error: {name} ended a process of the training. SIGKILL often means too little memory.", file=sys.stderr)
         status = 128 - status

@@ -6,27 +6,19 @@ This module is also what `examples/sft_wit.py` runs.
 
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from transformers import AutoProcessor
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import WITSFTConfig
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 from ..trainer import WITSFTTrainer
 from ..training.checkpoints import checkpoint_to_resume
-from .arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
+from .arguments import TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, split_debug
 from .loading import errors_of_model, load_data, select_splits
-
-
-def check_packages(model_args: ModelConfig) -> None:
-    """Raises `ValueError` if a flag needs a package that is not installed."""
-    for flag, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes"), ("load_in_8bit", "bitsandbytes")):
-        if getattr(model_args, flag) and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{flag} needs {package}. Install it with `pip install {package}`.")
 
 
 def make_output_dir(folder: Path) -> None:
@@ -61,7 +53,7 @@ def plot_losses(log_history: list[dict], path: Path) -> None:
 
 
 def embedded_data(training_args: WITSFTConfig, model_args: ModelConfig) -> DatasetDict:
-    """Returns the embedded data set, and names its model, which the first process saves to the output folder."""
+    """Returns the embedded data set, and sets the model's name. The first process saves this model."""
     dataset = load_stdlib_functions()
     folder = Path(training_args.output_dir) / "base"
     model_args.model_name_or_path = str(folder)
@@ -71,20 +63,28 @@ def embedded_data(training_args: WITSFTConfig, model_args: ModelConfig) -> Datas
     return dataset
 
 
-def make_trainer(
-    dataset: DatasetDict,
-    script_args: ScriptArguments,
-    training_args: WITSFTConfig,
-    model_args: ModelConfig,
-) -> WITSFTTrainer:
-    """Returns the trainer of this model on the splits of this data set."""
+def prepare(arguments: Arguments) -> tuple[WITSFTTrainer, DatasetDict | IterableDatasetDict]:
+    """
+    Returns the trainer, and the data set that its splits are from. Without the name of a model, both are embedded.
+    Raises `ValueError` if a package, the output folder, the model or a split of the data is missing.
+    """
+    script_args, training_args, model_args = arguments.script, arguments.training, arguments.model
+    for flag, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes"), ("load_in_8bit", "bitsandbytes")):
+        if getattr(model_args, flag):
+            check_packages(f"--{flag}", package)
+    make_output_dir(Path(training_args.output_dir))
+    if model_args.model_name_or_path is None:
+        dataset = embedded_data(training_args, model_args)
+    else:
+        dataset = load_data(script_args, arguments.dataset)
     name = model_args.model_name_or_path
     with errors_of_model(name):
         processing_class = AutoProcessor.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
         )
-    evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
-    splits = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluates
+    splits = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no" or training_args.eval_on_start:
+        splits.append(script_args.dataset_test_split)
     datasets = select_splits(dataset, splits, processing_class, training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -92,15 +92,16 @@ def make_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    return WITSFTTrainer(
+    trainer = WITSFTTrainer(
         model=name,
         args=training_args,
-        train_dataset=datasets[script_args.dataset_train_split],
-        eval_dataset=datasets[script_args.dataset_test_split] if evaluates else None,
+        train_dataset=datasets[splits[0]],
+        eval_dataset=datasets[splits[1]] if splits[1:] else None,
         processing_class=processing_class,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    return trainer, dataset
 
 
 def report(trainer: WITSFTTrainer, split: str) -> None:
@@ -129,45 +130,33 @@ def show_sample(trainer: WITSFTTrainer, prompt: str) -> None:
     trainer.accelerator.print(f"\nA held-out prompt:\n\n{prompt}\nWhat the model writes:\n\n{completion}")
 
 
-def train(
-    script_args: ScriptArguments,
-    training_args: WITSFTConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-    debug: bool = False,
-) -> None:
-    """Trains, saves the model and reports. Without a model's name, it is the embedded default."""
-    embedded = model_args.model_name_or_path is None
-    with errors_in_one_sentence(debug):
-        check_packages(model_args)
-        make_output_dir(Path(training_args.output_dir))
-        dataset = embedded_data(training_args, model_args) if embedded else load_data(script_args, dataset_args)
-        trainer = make_trainer(dataset, script_args, training_args, model_args)
-        resume = training_args.resume_from_checkpoint
-        resume = checkpoint_to_resume({"true": True, "false": False}.get(str(resume).lower(), resume), training_args)
-
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    report(trainer, script_args.dataset_test_split)
-    if embedded and not trainer.is_fsdp_enabled:  # the model is whole
-        show_sample(trainer, dataset["validation"][0]["prompt"])
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
-
-
 def main(args: Sequence[str] | None = None) -> None:
-    """Trains in this process. `args` are the flags of the training, by default those of the process."""
-    args, debug = split_debug(sys.argv[1:] if args is None else args)
+    """
+    Trains in this process, saves the model and reports. `args` are the flags of the training, by default those of the
+    process.
+    """
+    args, debug = split_debug(args)
     with errors_in_one_sentence(debug):
-        flags = parse_flags(TRAINING_TYPES, args)
+        flags = Flags(TRAINING_TYPES, args)
         if flags.launch_on_line:
             raise ValueError(
                 f"{flags.launch_on_line[0]} is a flag of the launcher. Give it to `wit-trl sft`, or to "
                 "`accelerate launch` before the name of the script."
             )
         arguments = flags.check()
-    train(*arguments, debug=debug)
+        trainer, dataset = prepare(arguments)
+        resume = arguments.training.resume_from_checkpoint
+        resume = {"true": True, "false": False}.get(str(resume).lower(), resume)
+        resume = checkpoint_to_resume(resume, arguments.training)
+
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    report(trainer, arguments.script.dataset_test_split)
+    if flags.is_embedded and not trainer.is_fsdp_enabled:  # the model is whole
+        show_sample(trainer, dataset["validation"][0]["prompt"])
+    if arguments.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.script.dataset_name)
+    trainer.end()
 
 
 if __name__ == "__main__":

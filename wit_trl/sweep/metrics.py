@@ -1,4 +1,4 @@
-"""The names of what a trial measures, and the losses of its rows."""
+"""The names of the metrics of a trial, and the losses of its rows."""
 
 import re
 from pathlib import Path
@@ -10,17 +10,17 @@ TASK_METRIC, RETENTION_METRIC = "eval_completion_loss", "eval_retention_loss"
 
 
 def loss_metric(name: str, region: str = "completion") -> str:
-    """Returns the metric of a region of an evaluation set. The name of the task's own is empty."""
+    """Returns the name of the loss of a region on an evaluation set. The set of the task itself has an empty name."""
     return f"eval_{name}_{region}_loss" if name else f"eval_{region}_loss"
 
 
 def rows_file(name: str) -> str:
-    """Returns the name of the file with the losses of the rows of an evaluation set, or of `"retention"`."""
+    """Returns the name of the file with the losses of an evaluation set by row, or with those of `"retention"`."""
     return f"{name}_rows.parquet" if name else "rows.parquet"
 
 
 def read_rows(folder: Path, metric: str) -> tuple | None:
-    """Returns the summed loss and the tokens of each row that a metric is the mean of, or `None` if it is none."""
+    """Returns the summed loss and the number of tokens of each row, or `None` for a metric that is no mean of rows."""
     if metric == RETENTION_METRIC:
         name, region = "retention", "completion"
     elif loss := re.fullmatch(r"eval_(?:(\w+)_)?(prompt|completion)_loss", metric):

@@ -12,11 +12,11 @@ PAPER_PAIRS: list[Pair] = [pair for pair in itertools.product((0.0, 0.2, 0.4, 0.
 
 
 def ratio(pair: Pair) -> float | None:
-    """Returns the weight of the prompt to that of the completion, `None` if the completion has none."""
-    prompt, completion = (Fraction(str(weight)) for weight in pair)  # 0.6 to 0.2 is 3
+    """Returns the weight of the prompt divided by that of the completion, or `None` if the latter is 0."""
+    prompt, completion = (Fraction(str(weight)) for weight in pair)  # 0.6 / 0.2 is exactly 3
     return float(prompt / completion) if completion else None
 
 
 def name_of(pair: Pair) -> str:
-    """Returns how a pair is called: by its ratio, if the completion weighs 1."""
+    """Returns the name of a pair: its ratio if the completion weighs 1, else both weights."""
     return f"{pair[0]:g}" if pair[1] == 1 else f"({pair[0]:g}, {pair[1]:g})"

@@ -14,15 +14,11 @@ from .results import SweepResults, signed
 
 
 def table(results: SweepResults) -> Table:
-    """Returns what each pair measured: the means over its seeds, and the differences from conventional tuning."""
+    """Returns the table of the means of each pair over its seeds, and of the differences from conventional tuning."""
     rows = Table(box=SIMPLE_HEAD, title="Means over the seeds", title_justify="left")
     rows.add_column("metric")
-    for header in (
-        "ratio" if all(pair[1] == 1 for pair in results.pairs) else "(λp, λr)",
-        "trials",
-        "mean",
-        "minus 0's",
-    ):
+    ratio = "ratio" if all(pair[1] == 1 for pair in results.pairs) else "(λp, λr)"
+    for header in (ratio, "trials", "mean", "minus 0's"):
         rows.add_column(header, justify="right")
     for metric in dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics, *results.benchmarks]):
         rows.add_section()
@@ -30,17 +26,15 @@ def table(results: SweepResults) -> Table:
         rows.add_row(metric, "before", "", "" if before is None else f"{before:.3f}", "")
         for pair in results.pairs:
             found = results.difference(pair, metric)
-            cells = (
-                str(len(results.of(pair))),
-                f"{results.mean(pair, metric):.3f}",
-                "" if found is None else signed(found),
-            )
-            rows.add_row("", name_of(pair), *cells, style="bold" if pair == results.choice.pair else None)
+            difference = "" if found is None else signed(found)
+            style = "bold" if pair == results.choice.pair else None
+            count, mean = str(len(results.of(pair))), f"{results.mean(pair, metric):.3f}"
+            rows.add_row("", name_of(pair), count, mean, difference, style=style)
     return rows
 
 
 def show(console: Console, results: SweepResults) -> None:
-    """Prints the table and what can be said."""
+    """Prints the table and the sentences about it."""
     console.print(table(results))
     for sentence in results.sentences():
         console.print(Text(f"\N{BULLET} {sentence}"))
@@ -49,13 +43,12 @@ def show(console: Console, results: SweepResults) -> None:
 
 
 def html_page(results: SweepResults, heading: str, image: bytes) -> str:
-    """Returns the page: table, sentences, what the models answer, and the picture."""
+    """Returns the page: the table, the sentences, the answers of the models, and the picture."""
     console = Console(file=io.StringIO(), record=True, width=1000)  # the browser wraps
     show(console, results)
     first_seed = min(trial.settings.seed for trial in results.done)
-    written = [("before", results.base_answers)] + [
-        (name_of(trial.settings.pair), trial.answers) for trial in results.done if trial.settings.seed == first_seed
-    ]
+    of_seed = [trial for trial in results.done if trial.settings.seed == first_seed]
+    written = [("before", results.base_answers), *((name_of(trial.settings.pair), trial.answers) for trial in of_seed)]
     for number, prompt in enumerate(results.prompts):
         console.print(Text(f"\nHeld-out prompt {number + 1}", "bold"))
         console.print(Text(printable(prompt), "dim"))
@@ -66,8 +59,11 @@ def html_page(results: SweepResults, heading: str, image: bytes) -> str:
 
 def plot(results: SweepResults) -> bytes:
     """
-    Returns the picture as PNG: the metric by pair, every trial a dot, with the interval of the difference from
-    conventional tuning; the losses of both regions; and what is learned against what is kept, with the frontier.
+    Returns the picture as PNG. Every dot is a trial:
+
+    1. the metric by pair, with the interval of the difference from conventional tuning;
+    2. the losses of both regions;
+    3. the loss of the task against each metric of what is kept, with the frontier.
     """
     from matplotlib.figure import Figure  # of the extra `plot`
 
@@ -82,13 +78,12 @@ def plot(results: SweepResults) -> bytes:
     for position, pair in enumerate(results.pairs):
         trials = [trial.metrics for trial in results.of(pair)]
         colour, mean = f"C{position}", results.mean(pair, results.metric)
-        of_metric.plot(
-            [position] * len(trials), [trial[results.metric] for trial in trials], "o", color=colour, alpha=0.5
-        )
+        heights = [trial[results.metric] for trial in trials]
+        of_metric.plot([position] * len(trials), heights, "o", color=colour, alpha=0.5)
         found = results.difference(pair, results.metric)
         of_metric.errorbar(position, mean, found and found.half_width, fmt="_", color="black", capsize=4, markersize=14)
         for axes, (x, y) in zip(of_planes, planes, strict=True):
-            points = [(trial[x], trial[y]) for trial in trials if x in trial]  # there may be no prompts
+            points = [(trial[x], trial[y]) for trial in trials if x in trial]  # without prompts there is no prompt loss
             axes.plot([p[0] for p in points], [p[1] for p in points], "o", color=colour, alpha=0.7, label=name_of(pair))
             axes.set(xlabel=f"{x}, in nats per token", ylabel=y)
     of_metric.set_xticks(range(len(results.pairs)), [name_of(pair) for pair in results.pairs])

@@ -1,4 +1,4 @@
-"""What the trials of a sweep measured, and what can be said of it."""
+"""What the trials of a sweep measured, and the sentences that follow from it."""
 
 import json
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class TrialResult:
     A trial that has ended.
 
     Args:
-        settings ([`TrialSettings`]): Its weights and its seed.
-        number (`int`): Its number in the study.
-        folder (`Path`): Where its files are.
-        metrics (`dict[str, float]`): What it measured, in nats per token where it is a loss. Empty if it failed.
-        answers (`list[str]`): What its model answers to the prompts of the report.
-        error (`str`, *optional*): The end of its log, if it failed.
-        seconds (`float`): How long it took.
+        settings ([`TrialSettings`]): The weights and the seed.
+        number (`int`): The number of the trial in the study.
+        folder (`Path`): The folder of its files.
+        metrics (`dict[str, float]`): The metrics. Losses are in nats per token. Empty if the trial failed.
+        answers (`list[str]`): The answers of its model to the prompts of the report.
+        error (`str`, *optional*): The end of the log, if the trial failed.
+        seconds (`float`): The time that it took.
     """
 
     settings: TrialSettings
@@ -50,19 +50,12 @@ class TrialResult:
                     f"Trial {trial.number} is done, but there is no {error.filename}. Start a new sweep in another "
                     "--output_dir."
                 ) from error
-        attributes = trial.user_attrs
-        return cls(
-            TrialSettings.of(trial),
-            trial.number,
-            folder,
-            measured["metrics"],
-            measured["answers"],
-            attributes.get("error"),
-            attributes["seconds"],
-        )
+        error, seconds = trial.user_attrs.get("error"), trial.user_attrs["seconds"]
+        metrics, answers = measured["metrics"], measured["answers"]
+        return cls(TrialSettings.of(trial), trial.number, folder, metrics, answers, error, seconds)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what `sweep.jsonl` holds of it."""
+        """Returns the line of `sweep.jsonl`."""
         return {
             **self.settings.as_config(),
             "ratio": ratio(self.settings.pair),
@@ -80,17 +73,14 @@ class SweepResults:
     What the trials of a study measured.
 
     Args:
-        study ([`SweepStudy`]):
-            The study.
-        metric (`str`):
-            What the best pair is chosen by.
-        greater_is_better (`bool`, *optional*):
-            Whether more of it is better. By default what the benchmark says, or whether its name ends with `"loss"`.
-        clips (`bool`):
-            Whether the trials clip gradients, so that pairs of one ratio may differ.
+        study ([`SweepStudy`]): The study.
+        metric (`str`): The metric that the best pair is chosen by.
+        greater_is_better (`bool`, *optional*): Whether a greater value of it is better. By default the benchmark says
+            so, or the name does not end with `"loss"`.
+        clips (`bool`): Whether the trials clip gradients. If they do, pairs of one ratio may differ.
 
     Raises:
-        `ValueError`: no trial is done, or not all of them have the metric.
+        `ValueError`: no trial is done, or a trial that is done does not have the metric.
     """
 
     def __init__(self, study: SweepStudy, metric: str, greater_is_better: bool | None, clips: bool):
@@ -105,10 +95,10 @@ class SweepResults:
         self.greater_is_better = greater_is_better
         ended = {}
         for trial in study.trials:
-            # Neither those that wait or run, nor those whose worker died
+            # Others wait or run, or their worker died
             if trial.state == TrialState.COMPLETE or "error" in trial.user_attrs:
                 result = TrialResult.read(trial, study.folder_of(trial))
-                ended[result.settings] = result  # what failed may have been tried again
+                ended[result.settings] = result  # the last one, if a trial failed and was tried again
         self.trials = sorted(ended.values(), key=lambda trial: (_order(trial.settings.pair), trial.settings.seed))
         self.done = [trial for trial in self.trials if trial.error is None]
         if not self.done:
@@ -119,23 +109,23 @@ class SweepResults:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """The pairs with a trial that is done, by their ratio."""
+        """The pairs that have a trial that is done, in the order of their ratios."""
         return sorted({trial.settings.pair for trial in self.done}, key=_order)
 
     @cached_property
     def kept_metrics(self) -> list[str]:
-        """What is kept elsewhere: the completion losses of other evaluation sets, and the retention."""
-        of_sets = (name for name in self.base_metrics if name != TASK_METRIC and name.endswith("_completion_loss"))
-        return [*of_sets, *(name for name in self.base_metrics if name == RETENTION_METRIC)]
+        """The metrics of what should be kept: the completion losses of other evaluation sets, and the retention."""
+        kept = [name for name in self.base_metrics if name != TASK_METRIC and name.endswith("_completion_loss")]
+        return [*kept, RETENTION_METRIC] if RETENTION_METRIC in self.base_metrics else kept
 
     @cached_property
     def replicates(self) -> dict[Pair, Pair]:
-        """For each pair whose ratio another one has already: that one. Without clipping they are one training."""
+        """For each pair whose ratio an earlier pair has: that pair. Without clipping both are the same training."""
         first: dict[float | None, Pair] = {}
         return {pair: one for pair in self.pairs if (one := first.setdefault(ratio(pair), pair)) != pair}
 
     def of(self, pair: Pair) -> list[TrialResult]:
-        """Returns the trials of a pair that are done."""
+        """Returns those trials of a pair that are done."""
         return [trial for trial in self.done if trial.settings.pair == pair]
 
     def mean(self, pair: Pair, metric: str) -> float:
@@ -143,16 +133,15 @@ class SweepResults:
         return float(np.mean([trial.metrics[metric] for trial in self.of(pair)]))
 
     def losses(self, metric: str) -> Losses:
-        """Returns a metric of all trials, by row if it has rows."""
-        if metric in self._losses:
-            return self._losses[metric]
-        by_trial, tokens = {}, np.ones(1)
-        for trial in self.done:
-            if (rows := read_rows(trial.folder, metric)) is None:
-                by_trial[trial.settings.pair, trial.settings.seed] = np.array([trial.metrics[metric]])
-            else:
-                by_trial[trial.settings.pair, trial.settings.seed], tokens = rows
-        self._losses[metric] = Losses(by_trial, tokens)
+        """Returns a metric of all trials, by row if it is a mean of rows."""
+        if metric not in self._losses:
+            totals, tokens = {}, np.ones(1)
+            for trial in self.done:
+                total = np.array([trial.metrics[metric]])
+                if (rows := read_rows(trial.folder, metric)) is not None:
+                    total, tokens = rows
+                totals[trial.settings.pair, trial.settings.seed] = total
+            self._losses[metric] = Losses(totals, tokens)
         return self._losses[metric]
 
     def difference(self, pair: Pair, metric: str) -> Difference | None:
@@ -165,15 +154,15 @@ class SweepResults:
     @cached_property
     def choice(self) -> Choice:
         """The best pair."""
-        if not self.of(BASELINE):
-            sign = -1 if self.greater_is_better else 1
-            return Choice(min(self.pairs, key=lambda pair: sign * self.mean(pair, self.metric)), None, False)
-        return choose(self.losses(self.metric), BASELINE, self.greater_is_better)
+        if self.of(BASELINE):
+            return choose(self.losses(self.metric), BASELINE, self.greater_is_better)
+        best = max if self.greater_is_better else min
+        return Choice(best(self.pairs, key=lambda pair: self.mean(pair, self.metric)), None, False)
 
     def best_of(self, pair: Pair) -> TrialResult:
         """Returns the best trial of a pair."""
-        sign = -1 if self.greater_is_better else 1
-        return min(self.of(pair), key=lambda trial: sign * trial.metrics[self.metric])
+        best = max if self.greater_is_better else min
+        return best(self.of(pair), key=lambda trial: trial.metrics[self.metric])
 
     @cached_property
     def best(self) -> TrialResult:
@@ -181,18 +170,19 @@ class SweepResults:
         return self.best_of(self.choice.pair)
 
     def is_frontier(self, pair: Pair, kept_metric: str) -> bool:
-        """Whether no other pair is better at the task and keeps as much, or keeps more and is as good at the task."""
-        mine = (self.mean(pair, TASK_METRIC), self.mean(pair, kept_metric))
-        others = [(self.mean(other, TASK_METRIC), self.mean(other, kept_metric)) for other in self.pairs]
-        return not any(task <= mine[0] and kept <= mine[1] and (task, kept) != mine for task, kept in others)
+        """Whether no other pair has both losses as low, and one of them lower: the task's, and that of what is kept."""
+        means = {p: (self.mean(p, TASK_METRIC), self.mean(p, kept_metric)) for p in self.pairs}
+        task, kept = means[pair]
+        return not any(other[0] <= task and other[1] <= kept and other != (task, kept) for other in means.values())
 
     def sentences(self) -> list[str]:
-        """Returns what can be said: of the best pair, of what each pair costs and keeps, and what to mind."""
+        """Returns the sentences of the report: the best pair, what each pair costs and gains, and what to mind."""
         said = [self._conclusion()]
         for pair in self.pairs:
-            parts = [self._effect(pair, metric) for metric in (TASK_METRIC, *self.kept_metrics)]
-            if any(parts):
-                said.append(f"{name_of(pair)} against 0: {'; '.join(parts)}.")
+            found = {metric: self.difference(pair, metric) for metric in (TASK_METRIC, *self.kept_metrics)}
+            effects = [_effect(difference, metric) for metric, difference in found.items() if difference is not None]
+            if effects:
+                said.append(f"{name_of(pair)} against 0: {'; '.join(effects)}.")
         if self.metric == TASK_METRIC:
             said.append(
                 "Held-out rows of the task itself tend to prefer the ratio 0. Look at what is kept elsewhere too, and "
@@ -230,20 +220,19 @@ class SweepResults:
             return f"{among}{name_of(pair)} does best, {change}."
         return f"{among}no gain found. {name_of(pair)} did best on the rows that chose it, but {change}."
 
-    def _effect(self, pair: Pair, metric: str) -> str:
-        if (of_pair := self.difference(pair, metric)) is None:
-            return ""
-        if of_pair.half_width is None:
-            return f"{signed(of_pair)} on {metric}, without an interval"
-        verb = "no difference found," if not of_pair.is_found else "costs" if of_pair.value > 0 else "gains"
-        return f"{verb} {signed(of_pair)} on {metric}"
+
+def _effect(found: Difference, metric: str) -> str:
+    if found.half_width is None:
+        return f"{signed(found)} on {metric}, without an interval"
+    verb = "no difference found," if not found.is_found else "costs" if found.value > 0 else "gains"
+    return f"{verb} {signed(found)} on {metric}"
 
 
 def _order(pair: Pair) -> tuple[float, bool, Pair]:
-    of_pair = ratio(pair)
-    return (float("inf") if of_pair is None else of_pair), pair != BASELINE, pair
+    prompt_to_completion = ratio(pair)
+    return float("inf") if prompt_to_completion is None else prompt_to_completion, pair != BASELINE, pair
 
 
 def signed(found: Difference) -> str:
-    """Returns a difference with its interval as text."""
+    """Returns the text of a difference with its interval."""
     return f"{found.value:+.3f}" + ("" if found.half_width is None else f" ± {found.half_width:.3f}")

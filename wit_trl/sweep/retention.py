@@ -1,4 +1,4 @@
-"""What a training keeps: the answers that the base model gave, and how likely the trained one finds them."""
+"""Retention: whether a trained model still finds the answers likely that the base model gave."""
 
 from collections.abc import Iterable
 
@@ -33,7 +33,7 @@ GENERAL_PROMPTS = (
 
 
 def prompts_of(rows: Iterable[dict], count: int) -> list[list[int]]:
-    """Returns the prompts, as tokens, of the first rows that have a prompt of at most 512 tokens and a completion."""
+    """Returns the first prompts as tokens, of rows that have a completion and a prompt of at most 512 tokens."""
     prompts: list[list[int]] = []
     for row in rows:
         length = row["completion_mask"].index(1) if 1 in row["completion_mask"] else 0
@@ -54,9 +54,11 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 def can_answer(trainer: WITSFTTrainer) -> bool:
     """
-    Whether the model of a trainer can answer prompts of text. Where ranks share a sequence, the attention is another
-    one, which knows no padding and no cache. The parameters of FSDP1 are whole only within the forward of its wrapper.
-    And what collates images collates no tokens.
+    Whether the model of a trainer can answer prompts of text. It cannot in three cases:
+
+    - Ranks share a sequence: their attention knows no padding and no cache.
+    - FSDP1: the parameters are whole only within the forward of its wrapper.
+    - Images: their collator takes no tokens.
     """
     is_fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
     has_images = isinstance(trainer.data_collator, DataCollatorForVisionLanguageWIT)
@@ -89,7 +91,7 @@ def answers(trainer: WITSFTTrainer, prompts: list[list[int]]) -> list[list[int]]
 
 
 def retention_rows(prompts: list[list[int]], written: list[list[int]]) -> Dataset:
-    """Returns rows of prompts with their answers as completions."""
+    """Returns rows of prompts, with the answers as completions."""
     pairs = list(zip(prompts, written, strict=True))
     return Dataset.from_dict(
         {

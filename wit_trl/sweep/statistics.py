@@ -1,20 +1,20 @@
 r"""
 How sure a difference between two pairs of weights is.
 
-A difference is paired by seed and by row. With \( \ell_{asi} \) the summed loss of row \( i \) in the trial of pair
-\( a \) and seed \( s \), \( n_i \) its tokens, and \( d_{ai} \) the mean over the seeds of \( \ell_{asi} - \ell_{0si}
-\), it is \( D_a = \sum_i d_{ai} / \sum_i n_i \). Two things make it uncertain, and their variances are added:
+A difference is paired by seed and by row. Let \( \ell_{asi} \) be the summed loss of row \( i \) in the trial of pair
+\( a \) and seed \( s \), \( n_i \) the tokens of the row, and \( d_{ai} \) the mean over the seeds of \( \ell_{asi} -
+\ell_{0si} \). The difference is \( D_a = \sum_i d_{ai} / \sum_i n_i \). Two things add to its variance:
 
-- the rows are a sample: with the residuals \( e_i = d_{ai} - D_a n_i \) of \( R \) rows, that of a ratio estimator, \(
-  \frac{R}{R-1} \sum_i e_i^2 / (\sum_i n_i)^2 \);
-- runs differ by themselves, also with the same order and initial weights: \( 2 \sigma^2 / S \) for \( S \) seeds, where
-  \( \sigma^2 \) is what is left of the table of pairs and seeds after the means of its rows and columns, with as many
-  degrees of freedom as it has cells beyond them. Few runs tell little of it, so all pairs share one \( \sigma^2 \).
+- The rows are a sample. The variance is that of a ratio estimator: \( \frac{R}{R-1} \sum_i e_i^2 / (\sum_i n_i)^2 \)
+  for \( R \) rows with the residuals \( e_i = d_{ai} - D_a n_i \).
+- Runs differ by themselves, even with the same order and initial weights. The variance is \( 2 \sigma^2 / S \) for
+  \( S \) seeds. \( \sigma^2 \) is the residual variance of the table of pairs and seeds, after the means of its rows
+  and columns. A few runs tell little about it, so all pairs share one \( \sigma^2 \).
 
 The interval is Student's, of 95%, with the degrees of freedom of Welch and Satterthwaite.
 
 The best of several pairs looks better than it is. So it is chosen on one half of the rows, and measured on the other.
-Both halves have the noise of the runs in common, whose part of the interval is therefore wider, as Dunnett's for the
+The noise of the runs is the same in both halves. Its part of the interval is therefore wider: it is Dunnett's, for the
 best of as many pairs as there were to choose from.
 """
 
@@ -30,12 +30,12 @@ from .pairs import Pair
 @dataclass(frozen=True)
 class Losses:
     """
-    What the trials of a sweep measured on the same rows.
+    The losses of all trials of a sweep on the same rows. A metric that is no mean of rows has a single row.
 
     Args:
-        totals (`dict[tuple[Pair, int], np.ndarray]`): Summed loss of each row, of shape `(rows,)`, for each pair of
-            weights and seed. A metric that has no rows is one row.
-        tokens (`np.ndarray` of shape `(rows,)`): What the sum of a row is divided by. 1 for a metric that has no rows.
+        totals (`dict[tuple[Pair, int], np.ndarray]`): Summed loss of each row in nats, of shape `(rows,)`, for each
+            pair of weights and seed.
+        tokens (`np.ndarray` of shape `(rows,)`): Number of tokens of each row. 1 for a metric that is no mean of rows.
     """
 
     totals: Mapping[tuple[Pair, int], np.ndarray]
@@ -46,19 +46,19 @@ class Losses:
         return {trial: float(totals.sum() / self.tokens.sum()) for trial, totals in self.totals.items()}
 
     def of_rows(self, rows: np.ndarray) -> "Losses":
-        """Returns what was measured on some of the rows."""
+        """Returns the losses on some of the rows, which are given by their numbers."""
         return Losses({trial: totals[rows] for trial, totals in self.totals.items()}, self.tokens[rows])
 
 
 @dataclass(frozen=True)
 class Difference:
     """
-    A pair of weights minus the baseline.
+    How much a pair of weights differs from the baseline.
 
     Args:
-        value (`float`): The difference, per token.
+        value (`float`): The pair minus the baseline, per token.
         half_width (`float`, *optional*): The interval reaches from `value - half_width` to `value + half_width`. `None`
-            if there is none, because all seeds of this pair or of the table are one.
+            if there is no interval, because a single seed tells nothing about the noise of runs.
         seeds (`int`): Number of seeds that both were trained with.
     """
 
@@ -68,14 +68,14 @@ class Difference:
 
     @property
     def is_found(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether 0 is outside of the interval."""
         return self.half_width is not None and abs(self.value) > self.half_width
 
 
 def run_variance(means: Mapping[tuple[Pair, int], float]) -> tuple[float, int]:
     """
-    Returns the variance of single runs, and its degrees of freedom: what is left of the table of pairs and seeds after
-    the means of both. Cells may be missing. Without degrees of freedom the variance is NaN.
+    Returns the variance of single runs, and its degrees of freedom. It is the residual variance of the table of pairs
+    and seeds, after the means of both. Cells may be missing. Without degrees of freedom it is NaN.
     """
     pairs, seeds = (sorted({trial[axis] for trial in means}) for axis in (0, 1))
     design = np.array(
@@ -89,20 +89,10 @@ def run_variance(means: Mapping[tuple[Pair, int], float]) -> tuple[float, int]:
 
 def difference(losses: Losses, pair: Pair, baseline: Pair, choices: int = 1) -> Difference:
     """
-    Returns how much more a pair loses than the baseline.
-
-    Args:
-        losses ([`Losses`]):
-            What was measured. If the pair was chosen before, it was by other rows.
-        pair (`Pair`):
-            The pair.
-        baseline (`Pair`):
-            What it is compared with.
-        choices (`int`, *optional*, defaults to `1`):
-            Number of pairs that it is the best of.
+    Returns a pair minus the baseline. If the pair is the best of several `choices`, other rows than these chose it.
 
     Raises:
-        `ValueError`: they have no seed in common.
+        `ValueError`: pair and baseline have no seed in common.
     """
     seeds = [seed for (p, seed) in losses.totals if p == pair and (baseline, seed) in losses.totals]
     if not seeds:
@@ -129,9 +119,9 @@ def difference(losses: Losses, pair: Pair, baseline: Pair, choices: int = 1) -> 
 
 
 def _dunnett_quantile(choices: int, degrees: float, draws: int = 50_000) -> float:
-    """Returns the 0.95 quantile of how far the best of several pairs is from the baseline by chance, by drawing it."""
+    """Returns the 0.95 quantile, by drawing, of how far the best of several equal pairs is from the baseline."""
     generator = np.random.default_rng(0)
-    runs = generator.standard_normal((draws, 1 + choices))  # the first is the baseline's, which all share
+    runs = generator.standard_normal((draws, 1 + choices))  # the first is the baseline's
     scale = np.sqrt(2 * generator.chisquare(degrees, draws) / degrees)
     return float(np.quantile((runs[:, 0] - runs[:, 1:].min(axis=1)) / scale, 0.95))
 
@@ -139,12 +129,13 @@ def _dunnett_quantile(choices: int, degrees: float, draws: int = 50_000) -> floa
 @dataclass(frozen=True)
 class Choice:
     """
-    The pair that does best, and how much better than the baseline it is, on rows that did not choose it.
+    The pair that does best, and how far it is from the baseline.
 
     Args:
         pair (`Pair`): The pair.
-        difference ([`Difference`], *optional*): To the baseline. `None` if it is the baseline.
-        on_other_rows (`bool`): Whether the difference is on other rows than the choice, as it is if there are any.
+        difference ([`Difference`], *optional*): The pair minus the baseline. `None` if it is the baseline.
+        on_other_rows (`bool`): Whether one half of the rows chose the pair and the other half measured the difference.
+            A single row does both.
     """
 
     pair: Pair
@@ -153,7 +144,7 @@ class Choice:
 
 
 def choose(losses: Losses, baseline: Pair, greater_is_better: bool = False) -> Choice:
-    """Chooses a pair on one half of the rows, and compares it with the baseline on the other."""
+    """Returns the best pair. One half of the rows chooses it, and the other compares it with the baseline."""
     others = sorted({p for p, seed in losses.totals if p != baseline and (baseline, seed) in losses.totals})
     has_rows = len(losses.tokens) > 1
     order = np.random.default_rng(0).permutation(len(losses.tokens))

@@ -1,9 +1,9 @@
 """
-The trials of a sweep, which Optuna holds: each is done once, by whichever worker takes it.
+The trials of a sweep. Optuna holds them, and each is done once, by the worker that takes it.
 
-A worker is a process of `wit-trl sweep`. All workers of a study share its folder. There each trial has a folder of its
-own with a lock, which the worker holds as long as it lives: the operating system frees it when the worker ends, however
-it ends. So a trial that Optuna has as running is orphaned if its lock is free.
+A worker is a process of `wit-trl sweep`. All workers of a study share its folder, where each trial has a folder of its
+own with a lock. The worker holds the lock while it lives. When it ends, in whatever way, the operating system frees the
+lock. So a trial is orphaned if Optuna calls it running and its lock is free.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .pairs import Pair
 
 
-_MOST = 1e6  # of a weight, which Optuna needs to know
+_MAX_WEIGHT = 1e6  # Optuna needs one
 
 
 @dataclass(frozen=True, order=True)
@@ -39,12 +39,9 @@ class TrialSettings:
         return cls((attributes["prompt_loss_weight"], attributes["completion_loss_weight"]), attributes["seed"])
 
     def as_config(self) -> dict[str, Any]:
-        """Returns the flags of the training."""
-        return {
-            "prompt_loss_weight": self.pair[0],
-            "completion_loss_weight": self.pair[1],
-            "seed": self.seed,
-        }
+        """Returns the settings as flags of the training."""
+        prompt, completion = self.pair
+        return {"prompt_loss_weight": prompt, "completion_loss_weight": completion, "seed": self.seed}
 
 
 class SweepStudy:
@@ -52,15 +49,12 @@ class SweepStudy:
     The trials of a sweep.
 
     Args:
-        folder (`Path`):
-            Folder of the study, which exists.
-        storage (`str`, *optional*):
-            URL of the database that Optuna keeps the trials in, by default a journal in the folder.
-        settings (`dict`):
-            What the trials have in common.
+        folder (`Path`): The folder of the study. It exists.
+        storage (`str`, *optional*): The URL of a database for the trials, by default a journal in the folder.
+        settings (`dict`): The settings that all trials share.
 
     Raises:
-        `ValueError`: the study exists and its trials have other settings in common.
+        `ValueError`: the study has trials with other settings.
     """
 
     def __init__(self, folder: Path, storage: str | None, settings: dict[str, Any]):
@@ -69,7 +63,7 @@ class SweepStudy:
         self._lock = FileLock(folder / "study.lock")
         self._lock_of_trial: FileLock | None = None
         with self._lock:
-            # Not that of the folder, which may be renamed, and others of a database may have the same
+            # The name of the folder would not do: it may change, and a database may have several of one name
             name = folder / "study_name.txt"
             if not name.exists():
                 name.write_text(uuid.uuid4().hex)
@@ -82,7 +76,7 @@ class SweepStudy:
                     f"The study in {folder} has trials with another {', '.join(changed)}. Choose another folder with "
                     "--output_dir, or repeat the flags that it was started with."
                 )
-            if changed:  # of a start that never came to a trial
+            if changed:  # an earlier start measured the base, and came to no trial
                 shutil.rmtree(folder / "base", ignore_errors=True)
             self._study.set_user_attr("settings", settings)
 
@@ -92,7 +86,7 @@ class SweepStudy:
         return self._study.get_trials(deepcopy=False)
 
     def add(self, wanted: Iterable[TrialSettings]) -> None:
-        """Adds the trials that are neither done, nor running, nor waiting. So those that failed are tried again."""
+        """Adds the wanted trials, except those that are done, running or waiting. So a failed one is tried again."""
         with self._lock:
             self._free_orphans()
             known = {TrialSettings.of(trial) for trial in self.trials if trial.state != TrialState.FAIL}
@@ -101,7 +95,7 @@ class SweepStudy:
                     self._enqueue(settings)
 
     def take(self) -> optuna.Trial | None:
-        """Returns a trial that nobody else runs, until `tell` is called, or `None` if none waits."""
+        """Returns a trial, or `None` if none waits. No other worker takes it until `tell` is called."""
         with self._lock:
             self._free_orphans()
             if all(trial.state != TrialState.WAITING for trial in self.trials):
@@ -111,22 +105,18 @@ class SweepStudy:
             self._lock_of_trial = self._lock_in(trial)
             self._lock_of_trial.acquire(timeout=0)
         for name in ("prompt_loss_weight", "completion_loss_weight"):  # for Optuna's own views
-            trial.suggest_float(name, 0, _MOST)
+            trial.suggest_float(name, 0, _MAX_WEIGHT)
         trial.suggest_int("seed", 0, 2**32 - 1)
         return trial
 
     def tell(self, trial: optuna.Trial, loss: float | None, **attributes: Any) -> None:
-        """Ends a trial of `take`: with its loss, or as failed. The attributes are kept with it."""
+        """Ends the trial that `take` returned. Without a loss it failed. The study keeps the attributes."""
         assert self._lock_of_trial is not None
-        with self._lock:  # nobody takes it for an orphan meanwhile
+        with self._lock:  # else another worker may take it for an orphan
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
             self._study.tell(trial, loss, TrialState.FAIL if loss is None else TrialState.COMPLETE)
             self._lock_of_trial.release()
-
-    def is_running_elsewhere(self) -> bool:
-        """Whether other workers run trials."""
-        return any(trial.state == TrialState.RUNNING for trial in self.trials)
 
     def folder_of(self, trial: optuna.Trial | FrozenTrial) -> Path:
         """Returns the folder of a trial."""
@@ -139,7 +129,7 @@ class SweepStudy:
         self._study.enqueue_trial(settings.as_config(), user_attrs=settings.as_config())
 
     def _free_orphans(self) -> None:
-        """Lets the trials of dead workers fail, and adds them again."""
+        """Marks the trials of dead workers as failed, and adds them again."""
         for trial in self.trials:
             if trial.state != TrialState.RUNNING:
                 continue

@@ -1,6 +1,5 @@
-"""One trial of `wit-trl sweep`, in each of the processes that are launched: a training and its measurement."""
+"""A trial of `wit-trl sweep`, in each of its processes: it trains a model, measures it and writes the result."""
 
-import copy
 import importlib
 import importlib.util
 import json
@@ -10,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +18,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from trl import DatasetMixtureConfig
 
-from ..cli.arguments import TRAINING_TYPES, errors_in_one_sentence, parse_flags, split_debug
+from ..cli.arguments import TRAINING_TYPES, Arguments, Flags, errors_in_one_sentence, split_debug
 from ..cli.loading import load_data, select_splits
-from ..cli.sft import check_packages, make_output_dir, make_trainer
-from ..config import WITSFTConfig
+from ..cli.sft import prepare
 from ..conversation.chat_template import tokenizer_of
 from ..trainer import WITSFTTrainer
 from .metrics import RETENTION_METRIC, loss_metric, rows_file
-from .retention import (
-    answers,
-    can_answer,
-    general_prompts,
-    prompts_of,
-    retention_rows,
-)
+from .retention import answers, can_answer, general_prompts, prompts_of, retention_rows
 
 
-SHOWN_PROMPTS = 3  # which the model of every trial answers
+SHOWN_PROMPTS = 3  # number of prompts whose answers the report shows
 
 
 @dataclass
 class TrialArguments:
     """
-    What `wit-trl sweep` tells a trial. It measures on the test split, on all other sets, and on what the base model
-    answered.
-
-    Args:
-        base_folder (`str`):
-            Folder of what is measured and answered before any training, which the first trial of all writes.
-        sweep_process (`int`):
-            The process whose end ends this one.
-        other_sets (`list[str]`, *optional*):
-            Evaluation sets, as `name=data set`.
-        retention_prompts (`int`, *optional*, defaults to `16`):
-            Number of held-out prompts that the base model answers, besides general ones. 0 for no retention.
-        lm_eval_tasks (`list[str]`, *optional*):
-            Benchmarks of lm-evaluation-harness: names, or YAML files.
-        metric_function (`str`, *optional*):
-            A metric, as `module:function` or `file.py:function`.
-        save_model (`bool`, *optional*, defaults to `True`):
-            Whether the model is saved.
+    What `wit-trl sweep` tells a trial. A trial measures its model on the test split, on all other sets, and on what the
+    base model answered.
     """
 
     base_folder: str = field(default="", metadata={"help": "Folder of what was measured before any training."})
@@ -77,8 +53,8 @@ TRIAL_TYPES = (TrialArguments, *TRAINING_TYPES)
 
 def end_with(process: int) -> None:
     """
-    Ends this process soon after its launcher or the given process, which may be killed before they can end it. They run
-    in sessions of their own.
+    Ends this process soon after its launcher or the given process has ended. Both may be killed before they can end it,
+    and no signal of theirs reaches it, because each runs in a session of its own.
     """
     launcher, sweep = os.getppid(), psutil.Process(process)
 
@@ -93,7 +69,7 @@ def end_with(process: int) -> None:
 
 
 def metric_function(name: str) -> Callable[[WITSFTTrainer], float]:
-    """Returns the function `module:function` or `file.py:function`. Raises `ValueError` if there is none."""
+    """Returns the function that `module:function` or `file.py:function` names. Raises `ValueError` if there is none."""
     module_name, _, function_name = name.rpartition(":")
     if Path(module_name).suffix == ".py":
         spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
@@ -109,17 +85,25 @@ def metric_function(name: str) -> Callable[[WITSFTTrainer], float]:
     return function
 
 
-def load_set(path: str, script_args: ScriptArguments, trainer: WITSFTTrainer) -> Dataset:
-    """Returns the rows of another evaluation set: of its test split, or of its only one."""
-    script_args = copy.copy(script_args)
-    script_args.dataset_name, script_args.dataset_config = path, None
-    dataset = load_data(script_args, DatasetMixtureConfig())
-    split = script_args.dataset_test_split if len(dataset) > 1 else next(iter(dataset))
-    return select_splits(dataset, [split], trainer.processing_class, trainer.args)[split]
+def evaluation_sets(trial: TrialArguments, arguments: Arguments, trainer: WITSFTTrainer) -> dict[str, Dataset]:
+    """
+    Returns the rows of all evaluation sets by name. The task's own, the test split, has an empty name. Of others it is
+    the test split too, or their only one.
+    """
+    # A stream has no rows to tell apart
+    script_args = replace(arguments.script, dataset_streaming=False)
+    loaded = {"": load_data(script_args, replace(arguments.dataset, streaming=False))}
+    for name, _, path in (other.partition("=") for other in trial.other_sets):
+        loaded[name] = load_data(replace(script_args, dataset_name=path, dataset_config=None), DatasetMixtureConfig())
+    sets = {}
+    for name, dataset in loaded.items():
+        split = next(iter(dataset)) if name and len(dataset) == 1 else script_args.dataset_test_split
+        sets[name] = select_splits(dataset, [split], trainer.processing_class, trainer.args)[split]
+    return sets
 
 
 def means(name: str, rows: Dataset) -> dict[str, float]:
-    """Returns the mean loss of each region of an evaluation set, under the names of the Trainer."""
+    """Returns the mean loss of each region of an evaluation set, by the names that the Trainer gives them."""
     metrics = {}
     for region in ("completion", "prompt"):
         if tokens := sum(rows[f"{region}_tokens"]):
@@ -128,33 +112,33 @@ def means(name: str, rows: Dataset) -> dict[str, float]:
 
 
 def write_rows(rows: Dataset, file: Path, trainer: WITSFTTrainer) -> None:
-    """Writes the losses of rows, which all processes have, once."""
+    """Writes the losses of rows. All processes have them, and the first one writes."""
     if trainer.is_world_process_zero():
         rows.to_parquet(file)
     trainer.accelerator.wait_for_everyone()
 
 
 def answer_as_base(trial: TrialArguments, trainer: WITSFTTrainer) -> None:
-    """Writes what the base model answers to the prompts of the sweep, and which of them the report shows."""
-    tokenizer = tokenizer_of(trainer.processing_class)
-    count, held_out = trial.retention_prompts, []
+    """Writes the answers of the base model to the prompts of the sweep, and the prompts that the report shows."""
+    folder, count, shown = Path(trial.base_folder), trial.retention_prompts, []
     if can_answer(trainer):
+        general = general_prompts(tokenizer_of(trainer.processing_class))
         held_out = prompts_of(trainer.eval_dataset, max(count, SHOWN_PROMPTS))
-    prompts = (held_out[:count] + general_prompts(tokenizer)) * bool(count)
-    written = answers(trainer, prompts)
-    if trainer.is_world_process_zero():
-        folder = Path(trial.base_folder)
+        shown = (held_out or general)[:SHOWN_PROMPTS]
         if count:
-            retention_rows(prompts, written).to_parquet(folder / "answers.parquet")
-        shown = (held_out or general_prompts(tokenizer))[:SHOWN_PROMPTS] * can_answer(trainer)
+            prompts = held_out[:count] + general
+            rows = retention_rows(prompts, answers(trainer, prompts))
+            if trainer.is_world_process_zero():
+                rows.to_parquet(folder / "answers.parquet")
+    if trainer.is_world_process_zero():
         (folder / "shown_prompts.json").write_text(json.dumps(shown))
     trainer.accelerator.wait_for_everyone()
 
 
 def run_benchmarks(tasks: list[str], trainer: WITSFTTrainer) -> tuple[dict[str, float], dict[str, bool]]:
     """
-    Returns what lm-evaluation-harness measures, as `eval_TASK_METRIC`, and for each whether more is better. Each
-    process evaluates all of it.
+    Returns what lm-evaluation-harness measures, as `eval_TASK_METRIC`, and for each metric whether more is better. Each
+    process evaluates all rows.
     """
     import lm_eval  # of the extra `eval`
     from lm_eval.models.huggingface import HFLM
@@ -173,14 +157,14 @@ def run_benchmarks(tasks: list[str], trainer: WITSFTTrainer) -> tuple[dict[str, 
         for name, value in measured.items():
             metric, _, variant = name.partition(",")
             if isinstance(value, int | float) and variant and not metric.endswith("_stderr"):
-                full_name = f"eval_{task}_{metric}" + f"_{variant}" * (variant != "none")
+                full_name = f"eval_{task}_{metric}" if variant == "none" else f"eval_{task}_{metric}_{variant}"
                 metrics[full_name] = float(value)
                 greater_is_better[full_name] = bool(found["higher_is_better"][task].get(metric, True))
     return metrics, greater_is_better
 
 
 def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Dataset]) -> dict[str, Any]:
-    """Returns the metrics of a trained model and its answers to a few prompts, and writes the losses of all rows."""
+    """Returns the metrics of a trained model and its answers to a few prompts. Writes the losses of all rows."""
     base, folder = Path(trial.base_folder), Path(trainer.args.output_dir)
     metrics = {
         name: value
@@ -216,30 +200,18 @@ def measure(trial: TrialArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
     }
 
 
-def run(
-    trial: TrialArguments,
-    script_args: ScriptArguments,
-    training_args: WITSFTConfig,
-    model_args: ModelConfig,
-    dataset_args: DatasetMixtureConfig,
-    debug: bool = False,
-) -> None:
-    """Trains one trial and measures it. In the base folder, it measures the model as it is and answers its prompts."""
-    end_with(trial.sweep_process)
-    folder = Path(training_args.output_dir)
-    is_base = folder == Path(trial.base_folder)
+def main(args: Sequence[str] | None = None) -> None:
+    """
+    Runs a trial in this process. In the base folder, it measures the model as it is, and writes its answers. `args` are
+    the flags of the trial, by default those of the process.
+    """
+    args, debug = split_debug(args)
     with errors_in_one_sentence(debug):
-        check_packages(model_args)
-        make_output_dir(folder)
-        dataset = load_data(script_args, dataset_args)
-        trainer = make_trainer(dataset, script_args, training_args, model_args)
-        stored, stored_mixture = copy.copy(script_args), copy.copy(dataset_args)
-        stored.dataset_streaming = stored_mixture.streaming = False  # a stream has no rows to tell apart
-        split = script_args.dataset_test_split
-        data = load_data(stored, stored_mixture)
-        sets = {"": select_splits(data, [split], trainer.processing_class, training_args)[split]}
-        for name, _, path in (other.partition("=") for other in trial.other_sets):
-            sets[name] = load_set(path, stored, trainer)
+        flags = Flags(TRIAL_TYPES, args)
+        trial, arguments = flags.make(TrialArguments), flags.check()
+        end_with(trial.sweep_process)
+        trainer, _ = prepare(arguments)
+        sets = evaluation_sets(trial, arguments, trainer)
         if trial.metric_function is not None:
             metric_function(trial.metric_function)
         if trial.retention_prompts and not can_answer(trainer):
@@ -249,7 +221,8 @@ def run(
             )
 
     trainer.train()
-    if is_base:
+    folder = Path(arguments.training.output_dir)
+    if folder == Path(trial.base_folder):
         answer_as_base(trial, trainer)
     elif trial.save_model:
         trainer.save_model(str(folder / "model"))
@@ -261,14 +234,6 @@ def run(
         (folder / "result.part").write_text(json.dumps(result))
         (folder / "result.part").rename(folder / "result.json")
     trainer.end()
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Runs a trial in this process. `args` are its flags, by default those of the process."""
-    args, debug = split_debug(sys.argv[1:] if args is None else args)
-    with errors_in_one_sentence(debug):
-        arguments = parse_flags(TRIAL_TYPES, args).check()
-    run(*arguments, debug=debug)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Launches one trial on the processes that its flags ask for. A worker starts this, as a process of its own."""
+"""The launcher of one trial, a process that a worker starts: it launches as many processes as the flags ask for."""
 
 import sys
 

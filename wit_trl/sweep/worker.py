@@ -1,4 +1,4 @@
-"""A worker of `wit-trl sweep`: it runs trials until none is left, and reports."""
+"""A worker of `wit-trl sweep`: it measures the base model, runs trials until none is left, and reports."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from filelock import FileLock
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
+from .arguments import SweepArguments
 from .metrics import TASK_METRIC
 from .pairs import BASELINE, name_of
 from .report import html_page, plot, show
@@ -26,10 +27,7 @@ from .results import SweepResults
 from .study import SweepStudy, TrialSettings
 
 
-if TYPE_CHECKING:
-    from .command import SweepArguments
-
-# After it, every engine evaluates; and it tells whether the memory suffices
+# The base model takes a step: some engines evaluate only after one, and the step tells whether the memory suffices
 _ONE_IDLE_STEP = {
     "learning_rate": 0.0,
     "max_steps": 1,
@@ -52,7 +50,7 @@ def save_embedded(folder: Path) -> None:
 
 
 def train(config: dict[str, Any], folder: Path) -> str | None:
-    """Trains in processes of its own. Returns `None` once there is a result, or the end of the log if there is none."""
+    """Trains in other processes. Returns `None` if there is a result, and else the end of the log."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     config = config | {"output_dir": str(folder), "sweep_process": os.getpid()}
@@ -77,15 +75,12 @@ class SweepWorker:
     A worker of a sweep. Several may work in one folder.
 
     Args:
-        sweep ([`SweepArguments`]):
-            What is searched.
-        config (`dict`):
-            What all trials have in common, as a YAML file for `wit-trl sft` holds it.
-        is_embedded (`bool`):
-            Whether they train the embedded default, which is saved first.
+        sweep ([`SweepArguments`]): What is searched.
+        config (`dict`): The flags that all trials share, as a YAML file for `wit-trl sft` holds them.
+        is_embedded (`bool`): Whether the trials train the embedded default. If so, it is saved first.
     """
 
-    def __init__(self, sweep: "SweepArguments", config: dict[str, Any], is_embedded: bool):
+    def __init__(self, sweep: SweepArguments, config: dict[str, Any], is_embedded: bool):
         self.sweep, self.config, self.is_embedded = sweep, config, is_embedded
         self.folder, self.console = Path(config["output_dir"]), Console()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,24 +89,26 @@ class SweepWorker:
             "retention_prompts": sweep.retention_prompts,
             "lm_eval_tasks": sweep.lm_eval_tasks,
         }
-        # Neither where it is nor how it is read
-        apart = {"output_dir", "greater_is_better"} | ({"model_name_or_path", "dataset_name"} if is_embedded else set())
-        settings = {name: value for name, value in (config | measured).items() if name not in apart}
+        # The place of a sweep may change while it is under way, and so may the reading of its metric
+        may_change = {"output_dir", "greater_is_better"}
+        if is_embedded:
+            may_change |= {"model_name_or_path", "dataset_name"}
+        settings = {name: value for name, value in (config | measured).items() if name not in may_change}
         self.study = SweepStudy(self.folder, sweep.storage, settings)
-        # Each training has a port of its own, since several workers may share a machine
-        self._config_of_trials = {"print_weight_report": False, "main_process_port": 0, **config, **measured}
-        self._config_of_trials["base_folder"] = str(self.folder / "base")
-        self._config_of_trials["save_model"] = sweep.keep != "none"
-        if ":" in sweep.metric:
-            self._config_of_trials["metric_function"] = sweep.metric
+        self._config_of_trials = {
+            "print_weight_report": False,
+            "main_process_port": 0,  # any free one, since several workers may share a machine
+            **config,
+            **measured,
+            "base_folder": str(self.folder / "base"),
+            "save_model": sweep.keep != "none",
+            "metric_function": sweep.metric if ":" in sweep.metric else None,
+        }
 
     def prepare(self) -> None:
         """
-        Measures the model before training, writes what it answers, and prepares the data for all trials. The first
-        worker does it, while the others wait.
-
-        Raises:
-            `ValueError`: it failed, as every trial would.
+        Measures the model before training, writes its answers, and prepares the data for all trials. The first worker
+        does it, while the others wait. Raises `ValueError` if it fails, as every trial would.
         """
         base = self.folder / "base"
         with FileLock(self.folder / "base.lock"):
@@ -126,16 +123,14 @@ class SweepWorker:
                 raise ValueError(f"The model cannot be measured. The end of {base / 'log.txt'}:\n{error}")
 
     def work(self) -> None:
-        """Runs trials until none is left, here or in other workers."""
+        """Runs trials until none is left, in this worker and in all others."""
         self.study.add(TrialSettings(pair, seed) for seed in self.sweep.seeds for pair in self.sweep.all_pairs())
         with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task("")
             while True:
                 trial = self.study.take()
                 states = Counter(trial.state for trial in self.study.trials)
-                done, running, left = (
-                    states[state] for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-                )
+                done, running, left = (states[s] for s in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING))
                 counts = f"{done} done, {running} running, {left} left"
                 progress.update(bar, description=counts, completed=done, total=done + running + left)
                 if trial is not None:
@@ -165,24 +160,24 @@ class SweepWorker:
         self._drop_models(results, {results.best_of(pair).number for pair in results.pairs})
 
     def results(self) -> SweepResults:
-        """Returns what was measured so far."""
+        """Returns the results so far."""
         clips = self.config.get("max_grad_norm", 1.0) > 0
         return SweepResults(self.study, self.sweep.metric, self.config.get("greater_is_better"), clips)
 
     def _drop_models(self, results: SweepResults, kept: Collection[int]) -> None:
-        """Removes the models of other trials than those of these numbers, unless all are kept."""
+        """Removes the models of all trials except those with these numbers. `--keep all` keeps them all."""
         for trial in results.done:
             if self.sweep.keep != "all" and trial.number not in kept:
                 shutil.rmtree(trial.folder / "model", ignore_errors=True)
 
     def report(self) -> None:
-        """Prints what was found, and writes it to files in the folder."""
+        """Prints the results, and writes them to files in the folder."""
         results = self.results()
         self._drop_models(results, {results.best.number})
         show(self.console, results)
         best = self.config | results.best.settings.as_config() | {"output_dir": str(self.folder / "best")}
         if not best.get("load_best_model_at_end"):
-            best["eval_strategy"] = "epoch"  # also after the last step
+            best["eval_strategy"] = "epoch"  # it evaluates after the last step too
         image, conclusion = plot(results), results.sentences()[0]
         heading = f"model: {best['model_name_or_path']}\ndata set: {best.get('dataset_name', 'a mixture')}"
         lines = [json.dumps(trial.as_json(), ensure_ascii=False) + "\n" for trial in results.trials]
@@ -192,14 +187,11 @@ class SweepWorker:
             "sweep.png": image,
             "sweep.html": html_page(results, heading, image).encode(),
         }
-        for name, content in contents.items():  # whole at any time, also where another worker writes the same
+        for name, content in contents.items():  # another worker may write the same file: each is replaced as a whole
             part = self.folder / f"{name}.{os.getpid()}.part"
             part.write_bytes(content)
             part.replace(self.folder / name)
         self.console.print(f"Written to {self.folder}: {', '.join(contents)}", soft_wrap=True)
-        if (model := results.best.folder / "model").exists():
-            self.console.print(f"The best model: {model}", soft_wrap=True)
-        else:
-            self.console.print(
-                f"To train the best model: wit-trl sft --config {self.folder / 'best.yaml'}", soft_wrap=True
-            )
+        model = results.best.folder / "model"
+        to_train = f"To train the best model: wit-trl sft --config {self.folder / 'best.yaml'}"
+        self.console.print(f"The best model: {model}" if model.exists() else to_train, soft_wrap=True)

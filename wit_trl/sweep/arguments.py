@@ -1,0 +1,93 @@
+"""The arguments of `wit-trl sweep`: which pairs and seeds it trains, what it measures and what it keeps."""
+
+from dataclasses import dataclass, field
+
+from .metrics import TASK_METRIC
+from .pairs import BASELINE, PAPER_PAIRS, Pair
+
+
+# They depend on the weights, so that one model has several values: they are weighted, or of the weighted tokens alone
+_WEIGHTED_METRICS = [p + n for p in ("", "eval_", "train_") for n in ("loss", "entropy", "mean_token_accuracy")]
+
+
+@dataclass
+class SweepArguments:
+    """Arguments of `wit-trl sweep` besides those of the training."""
+
+    ratios: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0],
+        metadata={"help": "Weights of a prompt token, where a completion token weighs 1."},
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds that each pair is trained with."}
+    )
+    pairs: list[str] = field(
+        default_factory=list, metadata={"help": "Pairs of weights instead of the ratios, as 0.2,0.8."}
+    )
+    grid: str | None = field(
+        default=None, metadata={"help": "The 35 pairs of the paper instead of the ratios.", "choices": ["paper"]}
+    )
+    eval_dataset: list[str] = field(
+        default_factory=list, metadata={"help": "Other evaluation sets, as name=data set: what should be kept."}
+    )
+    retention_prompts: int = field(
+        default=16,
+        metadata={
+            "help": "Number of held-out prompts whose answers by the base model should be kept. 0: no retention."
+        },
+    )
+    metric: str = field(
+        default=TASK_METRIC,
+        metadata={"help": "What the best pair is chosen by: a logged metric, or a function, as file.py:function."},
+    )
+    lm_eval_tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks of lm-evaluation-harness that each trial runs: names, or YAML files."},
+    )
+    storage: str | None = field(
+        default=None, metadata={"help": "URL of a database for the trials, instead of a file in the output folder."}
+    )
+    keep: str = field(default="best", metadata={"help": "Which models are kept.", "choices": ["best", "all", "none"]})
+
+    def __post_init__(self):
+        for name in ("ratios", "seeds", "pairs", "eval_dataset", "lm_eval_tasks"):  # a YAML file may have a single one
+            if not isinstance(value := getattr(self, name), list):
+                setattr(self, name, [value])
+        if self.pairs and self.grid is not None:
+            raise ValueError("--pairs and --grid both name the pairs. Leave out one of them.")
+        for flag, values in (("ratios", self.ratios), ("seeds", self.seeds)):
+            if not values:
+                raise ValueError(f"--{flag} has no value. Give at least one.")
+        if self.metric in _WEIGHTED_METRICS:
+            raise ValueError(
+                f"--metric is {self.metric}, which depends on the weights: it is another number for the same model. "
+                "Take that of a region, such as eval_completion_loss or eval_completion_mean_token_accuracy."
+            )
+        if self.retention_prompts < 0:
+            raise ValueError(f"--retention_prompts is {self.retention_prompts}, but it must not be negative.")
+        taken = {"retention"}
+        for given in self.eval_dataset:
+            name, _, path = given.partition("=")
+            if not name.isidentifier() or name in taken or not path:
+                raise ValueError(
+                    f"--eval_dataset is {given!r}, but must be name=data set, such as other=other.jsonl. A name is of "
+                    "letters, digits and underscores, is not `retention`, and is used once."
+                )
+            taken.add(name)
+        for pair in self.all_pairs():
+            if not all(0 <= weight < float("inf") for weight in pair) or not any(pair):
+                raise ValueError(f"The pair {pair} has a weight that is negative or not finite, or no weight above 0.")
+
+    def all_pairs(self) -> list[Pair]:
+        """Returns the pairs of weights. Conventional tuning is always among them, and comes first."""
+        if self.grid is not None:
+            pairs = PAPER_PAIRS
+        elif self.pairs:
+            try:
+                split = [pair.split(",") if isinstance(pair, str) else pair for pair in self.pairs]
+                pairs = [(float(prompt), float(completion)) for prompt, completion in split]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"--pairs is {self.pairs}, but each must be two numbers, such as 0.2,0.8.") from error
+        else:
+            pairs = [(ratio, 1.0) for ratio in self.ratios]
+        return list(dict.fromkeys([BASELINE, *pairs]))
