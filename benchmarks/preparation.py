@@ -1,5 +1,6 @@
 """
-Rows a second of the preparation of a data set, which the constructor of the trainer does, side by side in one run:
+Rows a second of the preparation of a data set, which the constructor of the trainer does, and the peak of the memory of
+its process, side by side in one run:
 
     python benchmarks/preparation.py [--output runs/preparation] [--repeats 3]
     python benchmarks/preparation.py --scale 0.01 --cases text ", 4 turns" --num_proc 1  # a quick look
@@ -18,6 +19,7 @@ import json
 import os
 import platform
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ TURNS = 24_000  # of the conversations on the unmarked template, however long ea
 # name: (type of data set, template, turns of a row, rows, `max_length`)
 CASES = {
     "prompt-completion, text": ("text", None, 2, 20_000, 1024),
+    "prompt-completion, short texts": ("short text", None, 2, 200_000, 1024),
     "prompt-completion, messages": ("prompt-completion", "smollm2", 2, 10_000, 1024),
     "messages, known template, 6 turns": ("messages", "llama3", 6, 4_000, 1024),
     **{
@@ -83,7 +86,9 @@ def save_rows(texts: list[str], kind: str, turns: int, rows: int, path: Path) ->
 
     def make_row():
         contents = list(itertools.islice(numbered, turns))
-        if kind == "text":
+        if kind == "short text":
+            contents = [" ".join(content.split()[:8]) for content in contents]
+        if kind in ("text", "short text"):
             return {"prompt": contents[0], "completion": f" {contents[1]}"}
         messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(contents)]
         return {"messages": messages} if kind == "messages" else {"prompt": messages[:1], "completion": messages[1:]}
@@ -92,7 +97,7 @@ def save_rows(texts: list[str], kind: str, turns: int, rows: int, path: Path) ->
 
 
 def measure(case: str, contender: str, num_proc: int, folder: Path, cache: str) -> dict[str, float]:
-    """Returns the seconds of the trainer's constructor, and the tokens that it made."""
+    """Returns the seconds of the trainer's constructor, the tokens that it made, and the peak of the memory in MiB."""
     if contender == "TRL":
         from trl import SFTConfig as Config
         from trl import SFTTrainer as Trainer
@@ -129,7 +134,8 @@ def measure(case: str, contender: str, num_proc: int, folder: Path, cache: str) 
     start = time.perf_counter()
     trainer = Trainer(model, args, train_dataset=dataset, processing_class=tokenizer)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": sum(map(len, trainer.train_dataset["input_ids"]))}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # as Linux counts it, in KiB
+    return {"seconds": seconds, "tokens": sum(map(len, trainer.train_dataset["input_ids"])), "MiB": peak}
 
 
 def run_worker(*args: str) -> dict[str, float]:
@@ -161,9 +167,9 @@ def main() -> None:
         lines.append(f"| {' | '.join(map(str, cells))} |")
         print(lines[-1], flush=True)
 
-    units = [f"{contender} {unit}" for unit in ("rows/s", "µs/token") for contender in CONTENDERS]
+    units = [f"{contender} {unit}" for unit in ("rows/s", "µs/token", "MiB") for contender in CONTENDERS]
     add_line("case", "processes", "rows", *units, "time of TRL ÷ wit_trl")
-    add_line("---", *["---:"] * 7)
+    add_line("---", *["---:"] * (3 + len(units)))
     with tempfile.TemporaryDirectory() as data:
         texts = read_texts()
         save_tokenizer(texts, Path(data))
@@ -181,7 +187,8 @@ def main() -> None:
                 speeds = [f"{rows / seconds:.1f}" for seconds in medians]
                 tokens = [runs[contender][0]["tokens"] for contender in CONTENDERS]
                 costs = [f"{1e6 * s / n:.2f}" for s, n in zip(medians, tokens, strict=True)]
-                add_line(case, num_proc, rows, *speeds, *costs, f"{medians[0] / medians[1]:.2f}")
+                peaks = [round(statistics.median(run["MiB"] for run in runs[contender])) for contender in CONTENDERS]
+                add_line(case, num_proc, rows, *speeds, *costs, *peaks, f"{medians[0] / medians[1]:.2f}")
                 results.append({"case": case, "num_proc": num_proc, "rows": rows, "runs": runs})
     args.output.mkdir(parents=True, exist_ok=True)
     packages = ("wit_trl", "trl", "transformers", "datasets", "tokenizers", "torch")
