@@ -46,16 +46,8 @@ class TokenPositions:
     Maps characters of a text to its tokens, as if the text were tokenized up to each of them. Only what follows the
     last added token before it is tokenized, since that does not depend on what precedes it.
 
-    Args:
-        text (`str`):
-            The text.
-        input_ids (`list[int]`):
-            Its tokens, or the first of them.
-        tokens ([`Tokens`]):
-            What is known of the tokenizer.
-        tokenize_beginning (`Callable`):
-            Returns the tokens of the text up to a character, where added tokens do not tell. It gets the character and
-            the number of turns whose images are before it.
+    Where added tokens do not tell, `tokenize_beginning` returns the tokens of the text up to a character. It gets the
+    character and the number of turns whose images are before it. `input_ids` may be only the first of the tokens.
     """
 
     def __init__(

@@ -78,17 +78,7 @@ def turn_weights(
     itself writes a token of the prompt, the template's weight multiplies that. What precedes the first message belongs
     to it.
 
-    Args:
-        conversation ([`Conversation`]):
-            The conversation.
-        input_ids (`list[int]`):
-            Its tokens, or the first of them.
-        structure ([`StructureWeights`]):
-            What roles and the template's own tokens weigh.
-        regions (`list[int]`, *optional*):
-            Region of each token. Needed where the template's own tokens weigh less in the prompt (0).
-        first_answer (`int`, *optional*, defaults to `0`):
-            From which turn on the assistant's turns are completion, as far as `structure` says so.
+    The arguments are those of `weigh_conversation`. The `regions` are needed where the template has a weight.
 
     Raises:
         `ValueError`: it cannot be told where a turn ends whose weight is not that of the next one, or what the

@@ -96,12 +96,7 @@ def means_of_trl(sums: Sums) -> dict[str, float]:
 
 
 class TrainingSums:
-    """
-    What training steps of this rank add up, without making the host wait.
-
-    Args:
-        device (`torch.device`): Device of the sums.
-    """
+    """What training steps of this rank add up on a device, without making the host wait."""
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
@@ -143,14 +138,7 @@ class TrainingSums:
 
 
 class EvaluationSums:
-    """
-    What an evaluation adds up over batches and ranks.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): What the ranks are gathered with.
-        divisor (`str`): The `loss_divisor` of the weighted loss.
-        repeats (`int`, *optional*, defaults to `1`): Number of ranks that have a batch in common.
-    """
+    """What an evaluation adds up over batches and ranks, of which `repeats` ranks have each batch in common."""
 
     def __init__(self, accelerator: Accelerator, divisor: str, repeats: int = 1):
         self._accelerator, self._divisor, self._repeats = accelerator, divisor, repeats
