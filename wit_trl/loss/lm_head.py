@@ -198,15 +198,16 @@ def _get_output_embeddings(self: PreTrainedModel) -> Any:
     the gradient of a weight that TRL gathers by itself is not reduced over the ranks. All other heads TRL reads right.
     """
     head: Any = type(self).get_output_embeddings(self)
-    heads = _gathered.get()
-    if heads is None:
+    in_group = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in head.modules())
+    # Last, since torch.compile cannot trace it
+    if not in_group or (heads := _gathered.get()) is None:
         return head
-    if isinstance(head, FSDPModule):
-        head.unshard()
-        heads.append(head)
-    elif any(isinstance(module, FullyShardedDataParallel) for module in head.modules()):
+    group: Any = head if isinstance(head, FSDPModule) else trained_copy(head)  # which FSDP1 wraps by itself
+    if isinstance(group, FSDPModule):
+        group.unshard()
+        heads.append(group)
+    elif isinstance(group, FullyShardedDataParallel):
         # FSDP1 gathers, frees and reduces around a call: let it return copies, through which the gradient goes back
-        group: Any = trained_copy(head)  # which FSDP1 wraps by itself
         group.module.forward = MethodType(_forward_or_parameters, group.module)
         weight, bias = group()
         return SimpleNamespace(weight=weight, bias=bias)
