@@ -1,8 +1,8 @@
 """
 What `speed.py --device cuda` runs: the head against float64, then times and memory of head and training step.
 
-All of it runs in one process, contender after contender on the same data, since on a GPU the allocator tells the peak
-of each. Nothing here was run on a GPU so far.
+All contenders run in one process, one after another on the same data, since a GPU's allocator tells the peak of each.
+Nothing here was run on a GPU so far.
 """
 
 import itertools
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from contenders import loss_function
 from datasets import Dataset
 from peft import LoraConfig
-from speed import loss_function
 from tokenizers import Tokenizer, models
 from transformers import (
     LlamaConfig,
@@ -71,7 +71,7 @@ def synchronize(device: str) -> None:
 
 
 def measured(call: Callable[[], None], device: str, repeats: int) -> dict[str, float]:
-    """The median of the seconds of a call, and its peak memory over what was allocated before, in MiB."""
+    """Returns the median seconds of a call, and its peak memory in MiB, without what was allocated before."""
     call()  # compiles
     before = 0
     if device != "cpu":
@@ -99,7 +99,7 @@ def head_inputs(device: str, tokens: int, hidden_size: int, vocab: int, zero_sha
 
 
 def head_call(contender: str, device: str, *case) -> Callable[[], None]:
-    """A function that runs head and loss, forward and backward, once."""
+    """Returns a function that runs head and loss once, forward and backward."""
     hidden, weight, targets, token_weights = head_inputs(device, *case, torch.bfloat16)
     index = token_weights.nonzero().squeeze(1)
     if contender == "products":
@@ -114,7 +114,7 @@ def head_call(contender: str, device: str, *case) -> Callable[[], None]:
 
         return products
     loss = loss_function("original" if contender == "full_logits" else contender, device)
-    # TRL hands the weighted tokens alone to its kernel here, and those of others take no weights
+    # TRL gives only the weighted tokens to its kernel, and the kernels of others take no weights
     rows = index if contender in ("trl", "liger", "cce") else slice(None)
 
     def call():
@@ -125,7 +125,7 @@ def head_call(contender: str, device: str, *case) -> Callable[[], None]:
 
 
 def check(device: str, *case) -> None:
-    """Ends the program unless the head is right: in float32 against float64, in bfloat16 against TRL's error."""
+    """Ends the program if the head is wrong: in float32 against float64, in bfloat16 against the error of TRL's."""
     print(f"{'check against float64':32}{'loss':>10}{'hidden states':>16}{'head':>10}")
     errors = {}
     for dtype, contender in itertools.product((torch.float32, torch.bfloat16), ("wit_trl", "trl")):
@@ -142,7 +142,7 @@ def check(device: str, *case) -> None:
         print(f"{f'{contender}, {dtype}':32}{found[0]:10.1e}{found[1]:16.1e}{found[2]:10.1e}", flush=True)
     wrong = max(errors[torch.float32, "wit_trl"]) > 1e-5
     of_trl = errors[torch.bfloat16, "trl"]
-    # In which a GPU may round the parts of a long sum
+    # A GPU may round the parts of a long sum to bfloat16
     wrong |= any(a > 2 * b + 1e-3 for a, b in zip(errors[torch.bfloat16, "wit_trl"], of_trl, strict=True))
     if wrong:
         raise SystemExit("The head is wrong on this device: nothing is timed.")
@@ -217,7 +217,7 @@ def train(contender: str, device: str, make_model, weights: tuple[float, float],
 
 
 def step(contender: str, device: str, make_model, prompt_loss_weight: float, lora: bool, repeats: int):
-    """The median seconds and the peak memory of a training step. The first three warm up."""
+    """Returns the median seconds and the peak memory of a training step. The first three steps warm up."""
     peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     if device != "cpu":
         torch.accelerator.empty_cache()
@@ -247,7 +247,9 @@ def compare(case: str, contenders: tuple[str, ...], measure: Callable[[str], dic
 
 
 def curves(device: str, make_model, steps: int = 200, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, float]:
-    """How far losses at (0, 1) are from TRL's with the same seed, and TRL's from each other with other seeds."""
+    """
+    Returns two mean differences of losses: at (0, 1) against TRL's with the same seed, and of TRL's between seeds.
+    """
     losses = {}
     for contender, seed in itertools.product(("wit_trl", "trl"), seeds):
         _, trainer = train(contender, device, make_model, (0.0, 1.0), steps, seed=seed, learning_rate=1e-4)
@@ -272,19 +274,21 @@ def main(device: str, output: Path, repeats: int, with_curves: bool) -> None:
     found = {"device": name, "torch": torch.__version__, "results": {}}
     output.mkdir(parents=True, exist_ok=True)
 
-    def keep(**more):  # after each case, so that nothing is lost
+    def keep(**more):  # called after each case, so that nothing is lost
         found.update(more)
         (output / "speed_gpu.json").write_text(json.dumps(found, indent=1))
 
     results = found["results"]
     for case in HEAD_CASES:
         tokens, hidden_size, vocab, zero_share, frozen = case
-        label = f"{tokens} tokens, H {hidden_size}, V {vocab}, {'half' if zero_share else 'all'}" + ", frozen" * frozen
+        label = f"{tokens} tokens, H {hidden_size}, V {vocab}, {'half' if zero_share else 'all'}"
+        if frozen:
+            label += ", frozen"
         results[label] = compare(
             label, HEAD_CONTENDERS, lambda c, case=case: measured(head_call(c, device, *case), device, repeats)
         )
     for model, prompt, lora in STEP_CASES:
-        label = f"step, {model}, λp = {prompt:g}{', LoRA' * lora}"
+        label = f"step, {model}, λp = {prompt:g}{', LoRA' if lora else ''}"
         arguments = (device, MODELS[model], prompt, lora, repeats)
         results[label] = compare(label, ("wit_trl", "trl"), lambda c, arguments=arguments: step(c, *arguments))
         keep()

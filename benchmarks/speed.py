@@ -5,10 +5,10 @@ Time and memory of the LM head with its loss, and of the whole training step, si
     python benchmarks/speed.py --scaling  # of the head, from 1k to 32k tokens
     python benchmarks/speed.py --device cuda [--curves]  # on a GPU, with other cases: gpu.py
 
-Each contender runs in a process of its own, all on the same data. Prints a table of medians, and writes `speed.json`
-and `speed.png` (`scaling.json` and `scaling.png`). Memory is the peak resident set over what is resident before the
-call or step; it needs Linux. `liger` and `cce` need `liger-kernel` and `cut-cross-entropy`. A contender that cannot run
-says why.
+Each contender runs in a process of its own, all on the same data. This prints a table of medians, and writes
+`speed.json` and `speed.png` (`scaling.json` and `scaling.png`). Memory is the peak resident set minus what is resident
+before the call or step. It needs Linux. `liger` and `cce` need `liger-kernel` and `cut-cross-entropy`. For a contender
+that cannot run, the reason is printed.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from contenders import loss_function
 
 
 HIDDEN = 1024
@@ -49,48 +50,8 @@ STEP_CASES = {
 STEP_CONTENDERS = ("wit_trl", "trl", "trl_loss_func", "original", "cce", "liger")
 
 
-def loss_function(contender: str, device: str = "cpu"):
-    """A function of hidden states, head, targets, token weights and divisor that returns the loss."""
-    if contender == "wit_trl":
-        from wit_trl import weighted_linear_cross_entropy
-
-        return lambda *args: weighted_linear_cross_entropy(*args, fused_head="one_pass").loss
-
-    if contender == "trl":
-        from trl.kernels import ChunkedLogProbFunction
-
-        def log_probs(hidden, weight, targets):
-            outputs = ("log_probs", "entropy", "is_top1")
-            return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, outputs)[0]
-
-    elif contender == "original":  # full float32 logits, and a copy of them, as in the paper's scripts
-
-        def log_probs(hidden, weight, targets):
-            return torch.log_softmax(F.linear(hidden, weight).float(), dim=1).gather(1, targets[:, None]).squeeze(1)
-
-    elif contender == "cce":
-        from cut_cross_entropy import linear_cross_entropy
-
-        def log_probs(hidden, weight, targets):
-            impl = "torch_compile" if device == "cpu" else "cce"  # whose own kernel is for GPUs
-            return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl).float()
-
-    else:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        kernel = LigerFusedLinearCrossEntropyLoss(reduction="none")
-
-        def log_probs(hidden, weight, targets):
-            return -kernel(weight, hidden, targets)
-
-    def loss(hidden, weight, targets, token_weights, count):
-        return -(log_probs(hidden, weight, targets) * token_weights).sum() / count
-
-    return loss
-
-
 def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen: bool, tokens: int):
-    """A function that runs head and loss, forward and backward, once."""
+    """Returns a function that runs head and loss once, forward and backward."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, HIDDEN).to(getattr(torch, dtype)).requires_grad_()
     weight = (torch.randn(vocab, HIDDEN) / HIDDEN**0.5).to(getattr(torch, dtype)).requires_grad_(not frozen)
@@ -112,7 +73,7 @@ def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen:
         return products
 
     loss = loss_function(contender)
-    # The kernels of others take no weights: who uses them selects the weighted tokens
+    # The kernels of others take no weights, so their users select the weighted tokens
     selects = contender in ("cce", "liger")
 
     def call():
@@ -124,7 +85,7 @@ def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen:
 
 
 def step_seconds(contender: str, vocab: int, prompt_loss_weight: float, steps: int) -> tuple[list[float], int]:
-    """The seconds of training steps of an 8-layer Llama on 1024 tokens, and the most memory one added in KiB."""
+    """Returns the seconds of training steps of an 8-layer Llama on 1024 tokens, and the peak memory of one in KiB."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -145,7 +106,7 @@ def step_seconds(contender: str, vocab: int, prompt_loss_weight: float, steps: i
             self.memory.append(peak_memory() - self.before)
 
     class LossOfHiddenStates(SFTTrainer):
-        """Computes the loss with `loss_function`, of the tokens that have a label."""
+        """Computes the loss of the tokens that have a label with `loss_function`."""
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             hidden = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0][:, :-1]
@@ -208,12 +169,13 @@ def step_seconds(contender: str, vocab: int, prompt_loss_weight: float, steps: i
 
 
 def status(name: str) -> int:
-    """A figure of this process in KiB: `VmRSS`, resident now, or `VmHWM`, the peak since the last reset."""
+    """Returns the memory of this process in KiB: `VmRSS` is resident now, `VmHWM` is the peak since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def reset_peak_memory() -> int:
+    """Resets the peak of `peak_memory`, and returns what is resident now in KiB."""
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 
@@ -223,6 +185,7 @@ def peak_memory() -> int:
 
 
 def measure(case: str, contender: str, repeats: int) -> dict[str, float]:
+    """Returns the median seconds and the memory of a contender in one case."""
     if case in STEP_CASES:
         seconds, memory = step_seconds(contender, *STEP_CASES[case], repeats)
     else:

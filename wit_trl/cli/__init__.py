@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-# By the name of the command, the module of the package whose `main` it is
+# The module of each command. Its `main` runs it
 _MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspect"}
 
 
@@ -19,7 +19,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--version", action=_Versions, help="print what a bug report needs, and exit")
     commands = parser.add_subparsers(dest="command", required=True)
-    # Their flags, and the help on them, are those of the command
+    # The command itself parses its flags and prints their help
     commands.add_parser("sft", add_help=False, help="train a model, on any number of devices")
     commands.add_parser("sweep", add_help=False, help="search the weights: train some, and compare")
     commands.add_parser("inspect", add_help=False, help="show tokens and their weights as the trainer sees them")

@@ -1,4 +1,4 @@
-"""What the commands load by name: the data, in a format of TRL, and what fails with the name of a model."""
+"""Data and models by name: loads the data in a format of TRL, and says what to check if a model is not found."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,11 +15,11 @@ from ..data.schemas import to_trl_format
 
 @contextmanager
 def errors_of_model(name: str) -> Iterator[None]:
-    """Raises `ValueError` that says what to check, if the model is not found while something of it is loaded."""
+    """Raises `ValueError` with what to check if something of a model is loaded within, and there is no such model."""
     try:
         yield
     except OSError as error:
-        if Path(name).exists():  # what is missing is in there, and the error says what
+        if Path(name).exists():  # a file in it is missing, and the error says which
             raise
         cause = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
@@ -31,7 +31,7 @@ def errors_of_model(name: str) -> Iterator[None]:
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """Returns the splits of a data set from the Hub, a local folder or a local file, or of a mixture."""
     if dataset_args.datasets:
-        # TRL splits a mixture by the state of numpy's generator, which differs in each process
+        # TRL splits a mixture with numpy's global generator. Its state must be the same in each process
         state = np.random.get_state()
         np.random.seed(0)
         try:
@@ -56,7 +56,7 @@ def select_splits(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     args: WITSFTConfig,
 ) -> dict[str, Dataset | IterableDataset]:
-    """Returns these splits in a format of TRL. Raises `ValueError` if the data set does not have one of them."""
+    """Returns these splits in a format of TRL. Raises `ValueError` if the data set lacks one of them."""
     selected = {}
     for split in splits:
         if split not in dataset:

@@ -1,7 +1,7 @@
 """
-`wit-trl sft`: the training, in each of the processes that are launched. `launch.py` starts them.
+`wit-trl sft`: the training, in each of its processes. `launch.py` starts them.
 
-This module is also what `examples/sft_wit.py` runs.
+`examples/sft_wit.py` runs this module too.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def make_output_dir(folder: Path) -> None:
 
 
 def plot_losses(log_history: list[dict], path: Path) -> None:
-    """Draws the loss of both regions, in training and in evaluation, over the steps."""
+    """Draws the losses of both regions over the steps, in training and in evaluation."""
     from matplotlib.figure import Figure  # of the extra `plot`
 
     figure = Figure(figsize=(7, 4))
@@ -41,7 +41,7 @@ def plot_losses(log_history: list[dict], path: Path) -> None:
     for region, colour in (("prompt", "tab:blue"), ("completion", "tab:orange")):
         for prefix, style in (("", ".-"), ("eval_", "o--")):
             key = f"{prefix}{region}_loss"
-            # Without the summary, whose losses are those of the few steps since the last log
+            # The summary of the training repeats the losses of its last few steps
             points = [(log["step"], log[key]) for log in log_history if key in log and "train_loss" not in log]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=colour, label=key)
@@ -105,7 +105,7 @@ def prepare(arguments: Arguments) -> tuple[WITSFTTrainer, DatasetDict | Iterable
 
 
 def report(trainer: WITSFTTrainer, split: str) -> None:
-    """Prints the losses of this split and where the model is, and draws the curves if matplotlib is installed."""
+    """Prints the losses on this split and the folder of the model. Draws the curves if matplotlib is installed."""
     output_dir, log_history = Path(trainer.args.output_dir), trainer.state.log_history
     say = trainer.accelerator.print
     for region in ("prompt", "completion"):

@@ -1,4 +1,4 @@
-"""`wit-trl --version`: what a bug report needs."""
+"""`wit-trl --version`: the versions that a bug report needs."""
 
 import importlib.metadata
 import platform
@@ -8,21 +8,12 @@ import torch
 from .. import __version__
 
 
-_PACKAGES = (
-    "trl",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "peft",
-    "bitsandbytes",
-    "deepspeed",
-    "matplotlib",
-    "optuna",
-)
+_PACKAGES = ("trl", "transformers", "datasets", "accelerate")
+_EXTRAS = ("peft", "bitsandbytes", "deepspeed", "matplotlib", "optuna")
 
 
 def versions() -> str:
-    """Returns the versions of this package, of what it stands on and of the machine, one on a line."""
+    """Returns the versions of this package, of its dependencies and of the machine, one on a line."""
     facts = {
         "wit_trl": __version__,
         "python": platform.python_version(),
@@ -31,7 +22,7 @@ def versions() -> str:
         "cuda": torch.version.cuda or "not in this build of torch",
         "device": _device(),
     }
-    for package in _PACKAGES:
+    for package in _PACKAGES + _EXTRAS:
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

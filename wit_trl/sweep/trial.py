@@ -87,10 +87,10 @@ def metric_function(name: str) -> Callable[[WITSFTTrainer], float]:
 
 def evaluation_sets(trial: TrialArguments, arguments: Arguments, trainer: WITSFTTrainer) -> dict[str, Dataset]:
     """
-    Returns the rows of all evaluation sets by name. The task's own, the test split, has an empty name. Of others it is
-    the test split too, or their only one.
+    Returns the rows of all evaluation sets by name. The set of the task has an empty name. Each is the test split of
+    its data. Other sets than the task's may have a single split of any name instead.
     """
-    # A stream has no rows to tell apart
+    # Streams are read as stored rows, which can be told apart
     script_args = replace(arguments.script, dataset_streaming=False)
     loaded = {"": load_data(script_args, replace(arguments.dataset, streaming=False))}
     for name, _, path in (other.partition("=") for other in trial.other_sets):

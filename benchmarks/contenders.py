@@ -1,0 +1,44 @@
+"""The losses that `speed.py` and `gpu.py` compare."""
+
+import torch
+import torch.nn.functional as F
+
+
+def loss_function(contender: str, device: str = "cpu"):
+    """Returns a function of hidden states, head, targets, token weights and divisor. It returns the loss."""
+    if contender == "wit_trl":
+        from wit_trl import weighted_linear_cross_entropy
+
+        return lambda *args: weighted_linear_cross_entropy(*args, fused_head="one_pass").loss
+
+    if contender == "trl":
+        from trl.kernels import ChunkedLogProbFunction
+
+        def log_probs(hidden, weight, targets):
+            outputs = ("log_probs", "entropy", "is_top1")
+            return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, outputs)[0]
+
+    elif contender == "original":  # full float32 logits, and a copy of them, as in the paper's scripts
+
+        def log_probs(hidden, weight, targets):
+            return torch.log_softmax(F.linear(hidden, weight).float(), dim=1).gather(1, targets[:, None]).squeeze(1)
+
+    elif contender == "cce":
+        from cut_cross_entropy import linear_cross_entropy
+
+        def log_probs(hidden, weight, targets):
+            impl = "torch_compile" if device == "cpu" else "cce"  # its own kernel is for GPUs
+            return -linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl).float()
+
+    else:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        kernel = LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+        def log_probs(hidden, weight, targets):
+            return -kernel(weight, hidden, targets)
+
+    def loss(hidden, weight, targets, token_weights, count):
+        return -(log_probs(hidden, weight, targets) * token_weights).sum() / count
+
+    return loss
