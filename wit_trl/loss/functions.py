@@ -140,10 +140,8 @@ def weighted_linear_cross_entropy(
         `ValueError`: there is no such `fused_head`.
         `RuntimeError`: the loss is differentiated a second time.
     """
-    if num_items_in_batch is None:
-        num_items_in_batch = (token_weights != 0).sum()
-    if scored is None:
-        scored = token_weights != 0
+    num_items_in_batch = token_weights.count_nonzero() if num_items_in_batch is None else num_items_in_batch
+    scored = token_weights != 0 if scored is None else scored
     kernel = one_pass.weighted_nll if uses_one_pass(fused_head, hidden_states.device) else _weighted_nll_of_trl
     token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
     params = HeadParams(targets, token_weights, scored, logit_scale, softcap, token_factors)
@@ -152,12 +150,7 @@ def weighted_linear_cross_entropy(
 
 
 def uses_one_pass(fused_head: str, device: torch.device) -> bool:
-    """
-    Returns whether the one-pass head runs on a device, else that of TRL.
-
-    Raises:
-        `ValueError`: there is no such `fused_head`.
-    """
+    """Returns whether the one-pass head runs on a device, else TRL's. Raises a `ValueError` for an unknown name."""
     if fused_head not in FUSED_HEADS:
         raise ValueError(f"`fused_head` is {fused_head!r}, but must be one of {FUSED_HEADS}.")
     return device.type in _ONE_PASS_DEVICES if fused_head == "auto" else fused_head == "one_pass"
@@ -170,12 +163,8 @@ def weighted_sum(
     scored: torch.Tensor | bool,
     token_factors: TokenFactors | None,
 ) -> torch.Tensor:
-    """
-    Returns the weighted sum of negative log-likelihoods that are known with their gradient. All tensors are of one
-    shape. Where a token is not scored, its weight and its negative log-likelihood are 0.
-    """
+    """Returns the weighted sum of negative log-likelihoods that have a gradient: 0, as the weights, if not scored."""
     if token_factors is not None:
-        # Found once, since the host waits for it
         index = scored.nonzero(as_tuple=True) if isinstance(scored, torch.Tensor) else ...
         token_weights = token_weights.clone()
         with torch.no_grad():
