@@ -57,6 +57,7 @@ SCENARIOS = {
     "lora_with_head": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-6}, LORA_WITH_HEAD),
     "qlora": ((0.2, 0.8), "quantized", {"adam_epsilon": 1e-6}, LORA),
     "factors": ((0.2, 0.8), "untied", {"loss_type": "dft", "loss_divisor": "weights"}, None),
+    "trl_head": ((0.2, 0.8), "untied", {"fused_head": "trl", "loss_type": "dft"}, None),
     # With the kernel for GPUs, where the launcher asks for Triton's interpreter
     "triton": ((0.2, 0.8), "untied", {"loss_type": "dft", "loss_divisor": "weights"}, None),
     "triton_lora": ((0.2, 0.8), "untied", {"adam_epsilon": 1e-5}, LORA),
