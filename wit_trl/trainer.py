@@ -111,7 +111,9 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             args = copy.copy(args)
             # TRL refuses templates that it does not know. It is what the completion of a conversation is here.
             args.assistant_only_loss = args.assistant_only_loss and not has_messages
-            args.loss_type = "nll"  # TRL refuses others under sequence parallelism
+            # TRL's constructor refuses factors that it does not know, and DFT under sequence parallelism, where its own
+            # loss is the model's. Ours is not.
+            args.loss_type = "nll"
         self._messages_are_new = has_messages and not self._assistant_only_loss
         self._training_rows: TrainingRows | None = None  # until the training set, which comes first, is prepared
 
