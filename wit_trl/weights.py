@@ -1,6 +1,6 @@
 """
-What a token weighs: its region (prompt or completion), the weight that the data gives it, and λ. From these follow
-`token_weights`, the numerator of the loss, and `labels`, which count its divisor.
+What a token weighs. It follows from its region (prompt or completion), the weight that the data gives it, and λ. Out of
+them come `token_weights`, which scale the numerator of the loss, and `labels`, which count its divisor.
 """
 
 from dataclasses import dataclass, field
@@ -19,35 +19,26 @@ NO_CONVERSATION_MESSAGE = (
 )
 # The columns of tokenized data that tell prompt and completion apart
 MASK_COLUMNS = ("labels", "completion_mask", "assistant_masks")
-_LARGEST = 1e38  # that float32 holds, nearly
+_LARGEST = 1e38  # nearly the largest number that float32 holds
 REGIONS = {0: "prompt", 1: "completion", -100: "never a target"}
 
 
 @dataclass(frozen=True)
 class StructureWeights:
-    """
-    What the structure of a conversation says of the weights of its tokens.
+    """What the structure of a conversation says of the weights of its tokens."""
 
-    Args:
-        role_loss_weights (`dict[str, float]`):
-            Weight of the tokens of a role. Of others it is 1.
-        chat_template_loss_weight (`float`):
-            Weight of the tokens of the prompt that the chat template writes itself.
-        completion_turns (`str`):
-            Which of the assistant's turns are completion: `"all"` or `"last"`.
-    """
-
-    role_loss_weights: dict[str, float] = field(default_factory=dict)
-    chat_template_loss_weight: float = 1.0
-    completion_turns: str = "all"
+    role_loss_weights: dict[str, float] = field(default_factory=dict)  # of the tokens of a role, 1 for other roles
+    chat_template_loss_weight: float = 1.0  # of the prompt tokens that the chat template writes itself
+    completion_turns: str = "all"  # which of the assistant's turns are completion: "all" or "last"
 
 
 def token_regions(example: dict[str, Any]) -> list[int]:
     """
     Returns the region of each token of a tokenized example: 1 completion, 0 prompt, -100 never a target.
 
-    It is read from `"labels"` (-100 marks the prompt), else from `"completion_mask"` and `"assistant_masks"` (the
-    completion is what is in both), else every token is completion. A token with `"attention_mask"` 0 is padding.
+    The regions come from `"labels"` (-100 marks the prompt). Without these, they come from `"completion_mask"` and
+    `"assistant_masks"`: the completion is what both mark. Without any of them, every token is completion. A token with
+    `"attention_mask"` 0 is padding.
 
     Raises:
         `ValueError`: a column does not have one entry for each token, or holds other values.
@@ -55,8 +46,7 @@ def token_regions(example: dict[str, Any]) -> list[int]:
     input_ids = _token_values(example, "input_ids")
     if len(input_ids) == 0 or input_ids.is_floating_point() or (input_ids < 0).any():
         raise ValueError(f"`input_ids` must be the numbers of one token or more, but is {example['input_ids']!r}.")
-    names = [name for name in (*MASK_COLUMNS, "attention_mask") if name in example]
-    columns = {name: _token_values(example, name) for name in names}
+    columns = {name: _token_values(example, name) for name in (*MASK_COLUMNS, "attention_mask") if name in example}
     for name, column in columns.items():
         if len(column) != len(input_ids):
             raise ValueError(
@@ -87,7 +77,7 @@ def token_regions(example: dict[str, Any]) -> list[int]:
 def _token_values(example: dict[str, Any], name: str) -> torch.Tensor:
     try:
         values = torch.as_tensor(example.get(name))
-    except (TypeError, ValueError, RuntimeError):  # torch has all three for what are no numbers
+    except (TypeError, ValueError, RuntimeError):  # torch raises all three for what is not numbers
         values = torch.empty(())
     if values.ndim != 1:
         raise ValueError(f"`{name}` must be a list with a number for each token, but is {example.get(name)!r}.")
@@ -96,8 +86,8 @@ def _token_values(example: dict[str, Any], name: str) -> torch.Tensor:
 
 def token_weights(example: dict[str, Any]) -> torch.Tensor:
     """
-    Returns the weight that the data itself gives each token of a tokenized example, in float32: its `"token_weights"`
-    times the `"weight"` of the row. What is missing or `None` is 1.
+    Returns the weight that the data gives each token of a tokenized example, in float32: its `"token_weights"` times
+    the `"weight"` of the row. What is missing or `None` is 1.
 
     Raises:
         `ValueError`: a weight is negative, not finite or not a number, or not every token has one.
@@ -115,10 +105,10 @@ def token_weights(example: dict[str, Any]) -> torch.Tensor:
 
 
 def check_weights(values: Any, name: str) -> torch.Tensor:
-    """Returns weights as a tensor. Raises `ValueError` unless they are finite numbers that are not negative."""
+    """Returns weights as a tensor in float32. Raises `ValueError` unless all are finite and none is negative."""
     try:
         weights = torch.as_tensor(values, dtype=torch.float32)
-    except (OverflowError, TypeError, ValueError, RuntimeError):  # torch has them all for what is no number
+    except (OverflowError, TypeError, ValueError, RuntimeError):  # torch raises them all for what is not a number
         weights = torch.tensor(torch.nan)
     if not (weights.isfinite() & (weights >= 0)).all():
         raise ValueError(f"{name} is {values!r}, but a weight must be a finite number (no text) that is not negative.")
@@ -126,9 +116,11 @@ def check_weights(values: Any, name: str) -> torch.Tensor:
 
 
 def check_weight(value: Any, name: str) -> float:
-    """Returns a single weight, 1 for `None`. Raises `ValueError` unless it is a finite number that is not negative."""
-    if value is None or (type(value) in (int, float) and 0 <= value <= _LARGEST):
-        return 1.0 if value is None else float(value)
+    """Returns one weight, 1 for `None`. Raises `ValueError` unless it is a finite number that is not negative."""
+    if value is None:
+        return 1.0
+    if type(value) in (int, float) and 0 <= value <= _LARGEST:  # most weights, so without a tensor
+        return float(value)
     weight = check_weights(value, name)
     if weight.ndim > 0:
         raise ValueError(f"{name} is {value!r}, but must be one number.")
@@ -136,20 +128,14 @@ def check_weight(value: Any, name: str) -> float:
 
 
 def set_targets(
-    batch: dict[str, Any],
-    region: torch.Tensor,
-    data_weights: torch.Tensor,
-    prompt_loss_weight: float,
-    completion_loss_weight: float,
+    batch: dict[str, Any], region: torch.Tensor, data_weights: torch.Tensor, loss_weights: tuple[float, float]
 ) -> None:
     """
-    Sets `"completion_mask"`, `"token_weights"` and `"labels"` of a batch from the region of each token and the weight
-    that the data gives it, both of the shape of `"input_ids"`.
+    Sets `"completion_mask"`, `"token_weights"` and `"labels"` of a batch. They follow from the region and the data
+    weight of each token, both of the shape of `"input_ids"`, and from the weights of prompt and completion.
     """
-    weights = torch.zeros_like(data_weights)
-    weights[region == 0] = prompt_loss_weight
-    weights[region == 1] = completion_loss_weight
-    weights *= data_weights
+    weights = data_weights * (region == 0) * loss_weights[0]
+    weights += data_weights * (region == 1) * loss_weights[1]
     batch["completion_mask"] = region
     batch["token_weights"] = weights
     batch["labels"] = batch["input_ids"].masked_fill(weights == 0, -100)
@@ -157,10 +143,8 @@ def set_targets(
 
 def pop_weights(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Takes `"token_weights"` and `"completion_mask"` from a batch and returns them.
-
-    Raises:
-        `ValueError`: one of them is missing, or the labels are.
+    Takes `"token_weights"` and `"completion_mask"` out of a batch and returns them. Raises `ValueError` if one of them
+    is missing, or the labels are.
     """
     needed = {"token_weights", "completion_mask", "shift_labels" if "shift_labels" in batch else "labels"}
     if missing := needed - {name for name, value in batch.items() if value is not None}:

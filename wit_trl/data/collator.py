@@ -18,7 +18,7 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
     Pads or flattens (`padding_free=True`) as TRL's [`~trl.trainer.sft_trainer.DataCollatorForLanguageModeling`] does.
     Rows packed with known boundaries (`"seq_lengths"`) are always flattened, so that documents stay apart. The region
     of a token comes from `"labels"` (-100 marks the prompt), `"completion_mask"` (1 completion, 0 prompt) or
-    `"assistant_masks"`; without any of them, every token is completion. Next to TRL's keys, the batch holds three
+    `"assistant_masks"`. Without any of them, every token is completion. Next to TRL's keys, the batch holds three
     tensors of the shape of `"input_ids"`:
 
     - `"completion_mask"` (`int64`): 1 completion, 0 prompt, -100 for a token that is never a target: padding, and the
@@ -28,8 +28,8 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
     - `"labels"` (`int64`): the token where its weight is not zero, -100 elsewhere. So the labels count the divisor of
       the loss and the weights scale its numerator.
 
-    They hold for the token *at* a position, not for the one predicted there: the loss shifts. In a
-    flattened batch, `"example_lengths"` gives the number of tokens of each example.
+    They describe the token *at* a position, not the one predicted there: the loss shifts. In a flattened batch,
+    `"example_lengths"` gives the number of tokens of each example.
 
     Args:
         pad_token_id (`int`):
@@ -74,7 +74,7 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if "seq_lengths" in examples[0] and not self.padding_free:
-            # mypy does not follow TRL's class, which has the field
+            # TRL's class has the field, which mypy does not see
             return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
         # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
         batch = super().torch_call([{**example, "labels": token_regions(example)} for example in examples])
@@ -84,7 +84,7 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         in_rows = torch.arange(region.size(1)) < (lengths.sum() if self.padding_free else lengths[:, None])
         data_weights[in_rows.expand_as(region)] = torch.cat([token_weights(example) for example in examples])
-        set_targets(batch, region, data_weights, self.prompt_loss_weight, self.completion_loss_weight)
+        set_targets(batch, region, data_weights, (self.prompt_loss_weight, self.completion_loss_weight))
         if self.padding_free:
             batch["example_lengths"] = lengths
         return batch
@@ -98,8 +98,8 @@ def weight_settings(collator: type, args: WITSFTConfig) -> dict[str, Any]:
 
 def check_weights(collator: Any, args: WITSFTConfig) -> None:
     """
-    Raises `ValueError` if a collator of this package has other weights than the [`WITSFTConfig`], which has been given
-    others or was changed later; or if no preparation applies the weights of the structure.
+    Raises `ValueError` if a collator of this package has other weights than the [`WITSFTConfig`] (one of them was given
+    others, or changed later), or if no preparation applies the weights of the structure.
     """
     expected = weight_settings(type(collator), args) if is_dataclass(collator) else {}
     actual = {name: getattr(collator, name) for name in expected}

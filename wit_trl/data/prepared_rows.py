@@ -7,27 +7,20 @@ import numpy as np
 from datasets import Dataset
 
 
-STREAMED_ROWS = 1000  # rows of a stream that are read ahead at most
-# Columns with the number of targets of each region: tokens whose data weight is not 0, without the first of the row
+STREAMED_ROWS = 1000  # at most this number of rows of a stream is read ahead
+# Columns with the number of targets of each region. A target is a token whose data weight is not 0, but not the first
+# of the row
 TARGET_COLUMNS = ("prompt_targets", "completion_targets")
 
 
 @dataclass(frozen=True)
 class RowLengths:
-    """
-    What rows were before truncation, packing and dropping. The preparation notes it in columns of these names.
+    """What rows were before truncation, packing and dropping. The preparation notes it in columns of these names."""
 
-    Args:
-        prompt_length (`np.ndarray`): Number of prompt tokens of each row, its first token included.
-        completion_length (`np.ndarray`): Number of completion tokens of each row.
-        truncated (`np.ndarray`): Whether the row is cut to `max_length`.
-        completion_lost (`np.ndarray`): Whether it loses all completion tokens in this way.
-    """
-
-    prompt_length: np.ndarray
-    completion_length: np.ndarray
-    truncated: np.ndarray
-    completion_lost: np.ndarray
+    prompt_length: np.ndarray  # number of prompt tokens of each row, its first token included
+    completion_length: np.ndarray  # number of completion tokens of each row
+    truncated: np.ndarray  # whether the row is cut to `max_length`
+    completion_lost: np.ndarray  # whether this cuts off all its completion tokens
 
     @classmethod
     def read(cls, dataset: Dataset) -> "RowLengths":
@@ -41,14 +34,8 @@ LENGTH_COLUMNS = tuple(RowLengths.__dataclass_fields__)
 
 def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, kept: slice) -> dict[str, Any]:
     """
-    Returns a row as it is trained on: the kept part of its tokens, their regions and data weights; its [`RowLengths`];
-    and how many targets each region has.
-
-    Args:
-        input_ids (`list[int]`): The tokens.
-        regions (`list[int]`): Region of each token.
-        weights (`np.ndarray` of shape `(len(input_ids),)`): Data weight of each token.
-        kept (`slice`): The part of the row that is kept.
+    Returns a row as it is trained on: the kept part of its tokens, of their regions and of their data weights; its
+    [`RowLengths`]; and how many targets each region has.
     """
     left, left_weights = regions[kept], weights[kept]
     targets = np.where(left_weights[1:] != 0, left[1:], -100)  # nothing predicts the first token

@@ -10,11 +10,12 @@ from ..config import DATASET_COLUMNS
 from ..conversation.chat_template import tokenizer_of
 
 
-# By name: the columns of the question, of which all but the first may be empty or missing, and of the answer
+# The columns by name: those of the question, then that of the answer. Columns between the first and the last may be
+# empty or missing
 _SCHEMAS = {
-    "Alpaca": (("instruction", "input"), "output"),
-    "Dolly": (("instruction", "context"), "response"),
-    "WIT": (("prompt",), "response"),
+    "Alpaca": ("instruction", "input", "output"),
+    "Dolly": ("instruction", "context", "response"),
+    "WIT": ("prompt", "response"),
 }
 _EOS_PLACEHOLDER = "###eos_token###"
 
@@ -26,14 +27,14 @@ def to_trl_format(
     dataset_text_field: str = "text",
 ) -> Dataset | IterableDataset:
     r"""
-    Returns a data set in a format of TRL. Data that is in one already, which includes ShareGPT (`"conversations"`),
-    comes back as it is. Other columns, such as `"weight"`, stay.
+    Returns a data set in a format of TRL. A data set that is in one already, which includes ShareGPT
+    (`"conversations"`), comes back as it is. Other columns, such as `"weight"`, stay.
 
     - Alpaca (`"instruction"`, `"input"`, `"output"`) and Dolly (`"instruction"`, `"context"`, `"response"`) become a
       prompt and a completion: two messages if conversational, else two texts, with an empty line after each part of the
       prompt.
-    - The data of the original WIT scripts (`"prompt"`, `"response"`) become texts with one space between them, since
-      their prompts are rendered already. Their `###eos_token###` becomes the EOS token.
+    - The data of the original WIT scripts (`"prompt"`, `"response"`) is rendered already, so it becomes two texts with
+      one space between them. Its `###eos_token###` becomes the EOS token.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -41,13 +42,13 @@ def to_trl_format(
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Tokenizer or processor of the model.
         conversational (`bool`, *optional*):
-            Whether to make messages, for the chat template, where a schema has none. Defaults to `True` if the
-            tokenizer or processor has a chat template.
+            Whether Alpaca and Dolly become messages. Defaults to `True` if the tokenizer or processor has a chat
+            template.
         dataset_text_field (`str`, *optional*, defaults to `"text"`):
             Column of plain text data.
 
     Raises:
-        `ValueError`: the columns are those of none of these schemas; a row has no text where it needs one.
+        `ValueError`: the columns are those of none of these schemas, or a row has no text where it needs one.
 
     Example:
     ```python
@@ -60,43 +61,42 @@ def to_trl_format(
     ```
     """
     columns = set(get_dataset_column_names(dataset))
-    # All that is part of some schema must be part of this one
-    parts = {"system", "history"}.union(*({*question, answer} for question, answer in _SCHEMAS.values()))
-    similar = {name: columns & parts <= {*q, a} for name, (q, a) in _SCHEMAS.items() if {q[0], a} <= columns}
-    schema = next((name for name, matches in similar.items() if matches), None)
+    similar = [schema for schema in _SCHEMAS.values() if {schema[0], schema[-1]} <= columns]
     # Alpaca has a `text` too, in which the answer cannot be told from the question
     if any({*known} <= columns for known in DATASET_COLUMNS) or (not similar and dataset_text_field in columns):
         return dataset
+    # All columns that are part of some schema must be part of this one, or they would be dropped
+    parts = columns & {"system", "history"}.union(*_SCHEMAS.values())
+    schema = next((schema for schema in similar if parts <= {*schema}), None)
     if schema is None:
-        known = [f"{name} ({', '.join((*question, answer))})" for name, (question, answer) in _SCHEMAS.items()]
+        known = [f"{name} ({', '.join(schema)})" for name, schema in _SCHEMAS.items()]
         raise ValueError(
             f"The columns {sorted(columns)} are those of no known schema. Known are {', '.join(known)}, ShareGPT "
             f"(conversations) and TRL's own: prompt and completion, messages, {dataset_text_field}, input_ids. "
             f"{remedy_for(columns)}"
         )
-    question, answer = _SCHEMAS[schema]
-    tokenizer = tokenizer_of(processing_class)
+    eos_token = tokenizer_of(processing_class).eos_token or ""
     if conversational is None:
         conversational = processing_class.chat_template is not None
 
     def convert(example: dict[str, Any], index: int) -> dict[str, Any]:
-        for name in (question[0], answer):
-            if not isinstance(example.get(name), str):
-                raise ValueError(f"Row {index}: `{name}` must be a text, but is {example.get(name)!r}.")
-        completion = example[answer]
-        if schema == "WIT":
-            # As the original scripts join them
-            texts = {"prompt": example["prompt"].removesuffix(" "), "completion": f" {completion}"}
-            return {name: text.replace(_EOS_PLACEHOLDER, tokenizer.eos_token or "") for name, text in texts.items()}
-        parts = [part for name in question if (part := example.get(name))]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"Row {index}: `{question[1]}` must be a text, but is {parts[1]!r}.")
+        texts: list[Any] = [example.get(name) for name in schema]
+        for name, text in zip(schema, texts, strict=True):
+            if not isinstance(text, str) and (text or name in (schema[0], schema[-1])):
+                raise ValueError(f"Row {index}: `{name}` must be a text, but is {text!r}.")
+        *question, completion = texts
+        if schema == _SCHEMAS["WIT"]:
+            return {  # joined as in the original scripts
+                "prompt": question[0].removesuffix(" ").replace(_EOS_PLACEHOLDER, eos_token),
+                "completion": f" {completion}".replace(_EOS_PLACEHOLDER, eos_token),
+            }
+        parts = [part for part in question if part]
         if conversational:
             prompt = [{"role": "user", "content": "\n\n".join(parts)}]
             return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
         return {"prompt": "".join(f"{part}\n\n" for part in parts), "completion": completion}
 
-    used = [name for name in (*question, answer, dataset_text_field) if name in columns and name != "prompt"]
+    used = [name for name in (*schema, dataset_text_field) if name in columns and name != "prompt"]
     with global_then_local_main_first():
         return dataset.map(convert, with_indices=True, remove_columns=used)
 
@@ -109,8 +109,7 @@ def remedy_for(columns: set[str]) -> str:
             "These columns are preference data, for TRL's `DPOTrainer`. To train on the chosen answers alone, rename "
             f"`chosen` to `{name}` and remove `rejected`."
         )
+    renamed = "the columns"
     if {"question", "answer"} <= columns:
         renamed = "`question` to `prompt` and `answer` to `completion`"
-    else:
-        renamed = "the columns"
     return f"Rename {renamed}, and remove those that are of none or of another schema."

@@ -3,9 +3,9 @@
 import copy
 import itertools
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from .._upstream import record_replacements
 from ..conversation.chat_template import check_marks, chosen_chat_template
-from ..conversation.messages import check_answer, read_messages
+from ..conversation.messages import Messages, check_answer, read_messages
 from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
 from ..weights import NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight, set_targets
@@ -40,17 +40,17 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
     Renders, tokenizes, processes the images, pads and truncates as TRL's
     [`~trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`] does, for the same examples: `"messages"`,
     `"prompt"` and `"completion"` (text or messages), or `"text"`, with `"images"` or `"image"`. An example may have no
-    image. The completion is what TRL would train on with `completion_only_loss` or `assistant_only_loss`, which are set
-    by the examples here; all of a `"text"` is completion. Messages are rendered with TRL's training template where the
-    processor's own has no `{% generation %}` marks; where TRL has none, the assistant's turns are found by rendering
-    the conversation up to each of them, which processes the images again.
+    image. The completion is what TRL would train on with `completion_only_loss` or `assistant_only_loss`; the examples
+    decide which. All of a `"text"` is completion. Messages are rendered with TRL's training template where the
+    processor's own has no `{% generation %}` marks. Where TRL has none, the collator finds the assistant's turns: it
+    renders the conversation up to each of them, which processes the images again.
 
     Next to the keys of TRL, the batch holds `"completion_mask"`, `"token_weights"` and `"labels"` as in
     [`DataCollatorForWIT`]. The tokens that stand for an image (its placeholders, and the special tokens that the
     processor puts around or between them) are never a target: their `"completion_mask"` is -100.
 
-    The data may bring weights of its own, which multiply those of the regions: a `"weight"` of the example, and a
-    `"weight"` of a message. What is missing or `None` weighs 1. A turn of weight 0 is in neither sum of the loss.
+    An example and a message may have a `"weight"`, which multiplies those of the regions. What is missing or `None`
+    weighs 1. A turn of weight 0 is in neither sum of the loss.
 
     Args:
         processor ([`~transformers.ProcessorMixin`]):
@@ -113,54 +113,42 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
 
     def tokenize_first_rows(self, dataset: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """
-        Returns the first rows of a data set as `tokenize_rows` does. Of several processes all must call it: each takes
-        a share, and what fails on one fails on all.
+        Returns the first rows of a data set as `tokenize_rows` does. All processes must call it: each takes a share,
+        and what fails on one fails on all.
         """
         state = PartialState()
-        mine: Iterable[dict[str, Any]]
-        if isinstance(dataset, Dataset):  # reads no image of the others
-            mine = dataset.select(range(state.process_index, min(count, len(dataset)), state.num_processes))
+        if isinstance(dataset, Dataset):  # `select` reads no image of the other rows
+            dataset = dataset.select(range(state.process_index, min(count, len(dataset)), state.num_processes))
         else:
-            mine = itertools.islice(dataset, state.process_index, count, state.num_processes)
-        rows: list[Any]
+            dataset = itertools.islice(dataset, state.process_index, count, state.num_processes)
+        rows: list[Any] = []
         try:
-            rows = list(self.tokenize_rows(mine))
+            rows += self.tokenize_rows(dataset)
         except Exception as error:
             rows = [error]
         rows = gather_object(rows)
-        for row in rows:
-            if isinstance(row, Exception):
-                raise row
+        for error in rows:
+            if isinstance(error, Exception):
+                raise error
         return rows
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        columns = _columns(examples[0], self.dataset_text_field)
+        columns, structure = _columns(examples[0], self.dataset_text_field), self.structure_weights
         is_pair, is_messages = columns == ["prompt", "completion"], columns == ["messages"]
         chat_template = (self.chat_template or chosen_chat_template(self.processor)) if is_messages else None
         has_marks = is_messages and has_generation_markers(chat_template)
         image_texts: set[str] = set()
-        settings = {each.name: getattr(self, each.name) for each in fields(DataCollatorForVisionLanguageModeling)}
-        settings |= {
-            "processor": record_replacements(self.processor, image_texts),
-            "chat_template": chat_template,
-            "completion_only_loss": is_pair,
-            "assistant_only_loss": has_marks,
-        }
-        collate = DataCollatorForVisionLanguageModeling(**settings).torch_call
+        of_trl = copy.copy(self)
+        of_trl.processor, of_trl.chat_template = record_replacements(self.processor, image_texts), chat_template
+        of_trl.completion_only_loss, of_trl.assistant_only_loss = is_pair, has_marks
+        collate = super(DataCollatorForVisionLanguageWIT, of_trl).torch_call
         if columns == [self.dataset_text_field]:
             logger.warning_once(NO_PROMPT_MESSAGE)
-        rows, row_weights, conversations = [], [], []
+        rows, conversations = [], []
         for position, example in enumerate(examples):
             with _naming(position, example, columns):
-                row = _complete_row(example, columns, self.dataset_text_field)
-                row_weights.append(check_weight(row.get("weight"), "`weight`"))
-                conversation = self._conversation(row, columns, chat_template)
-                if conversation is None and self.structure_weights != StructureWeights():
-                    raise ValueError(NO_CONVERSATION_MESSAGE)
-                if conversation is not None and is_pair:
-                    conversation.render_prompt(len(row["prompt"]))
-                rows.append(row)
-                conversations.append(conversation)
+                rows.append(_complete_row(example, columns, self.dataset_text_field))
+                conversations.append(self._conversation(rows[-1], columns, chat_template))
         try:
             batch = collate([{**row} for row in rows])  # it changes what it gets
         except _ROW_ERRORS:
@@ -172,7 +160,7 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             raise ValueError("No example of the batch has a token. Remove such rows.")
 
         region = (batch["labels"] != -100).long()
-        data_weights = torch.tensor(row_weights)[:, None].repeat(1, region.size(1))
+        data_weights = torch.tensor([row["weight"] for row in rows])[:, None].repeat(1, region.size(1))
         for position, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
             if conversation is None:
                 continue
@@ -181,11 +169,8 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 input_ids = batch["input_ids"][position, :length].tolist()
                 marked = region[position, :length].tolist() if is_pair or has_marks else None
                 first_answer = len(row["prompt"]) if is_pair else 0
-                if self._has_turns_of_their_own(row.get("completion", ())):
-                    _check_same_tokens(conversation, input_ids)
-                regions, weights = weigh_conversation(
-                    conversation, input_ids, marked, self.structure_weights, first_answer
-                )
+                self._check_turns(row.get("completion", []), conversation, input_ids)
+                regions, weights = weigh_conversation(conversation, input_ids, marked, structure, first_answer)
                 if is_messages and length != self.max_length:
                     check_marks(regions)
                 region[position, :length] = torch.tensor(regions)
@@ -194,19 +179,28 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         region[batch["attention_mask"] == 0] = -100
         region[torch.isin(batch["input_ids"], self._placeholder_ids(image_texts))] = -100
         region[:, 0] = -100
-        set_targets(batch, region, data_weights, self.prompt_loss_weight, self.completion_loss_weight)
+        set_targets(batch, region, data_weights, (self.prompt_loss_weight, self.completion_loss_weight))
         return batch
 
-    def _has_turns_of_their_own(self, completion: Sequence[dict[str, Any]]) -> bool:
-        """Whether turns of a completion have different weights or regions, so that their tokens are looked for."""
+    def _check_turns(self, completion: Messages, conversation: Conversation, input_ids: list[int]) -> None:
+        """
+        Raises `ValueError` if turns of a completion have different weights or regions, but cannot be found, because
+        their tokens are not those of the whole conversation.
+        """
         structure = self.structure_weights
         weights = {(turn.get("weight"), structure.role_loss_weights.get(turn["role"])) for turn in completion}
-        return len(weights) > 1 or (structure.completion_turns == "last" and len(completion) > 1)
+        if len(weights) <= 1 and (structure.completion_turns != "last" or len(completion) <= 1):
+            return
+        if [int(token) for token in conversation.tokenize()["input_ids"][: len(input_ids)]] != input_ids:
+            raise ValueError(
+                "the turns of `completion` have different weights, but its tokens are other ones than those of the "
+                "whole conversation, so its turns cannot be found. Pass the conversation as `messages`."
+            )
 
     def _placeholder_ids(self, image_texts: set[str]) -> torch.Tensor:
         """
-        The tokens that stand for an image, a video or an audio: those that the processor names, which for some families
-        are only what it replaces, and the added tokens of what it replaces them by, where there may be text as well.
+        Returns the tokens that stand for an image, a video or an audio. The processor names some of them. Some
+        families replace these by a text: its added tokens belong to them as well.
         """
         tokenizer = self.processor.tokenizer
         ids = {tokenizer.convert_tokens_to_ids(str(token)) for token in self.processor.all_special_multimodal_tokens}
@@ -216,21 +210,26 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         return torch.tensor(sorted(ids - {None, tokenizer.unk_token_id}), dtype=torch.long)
 
     def _conversation(self, row: dict[str, Any], columns: list[str], chat_template: str | None) -> Conversation | None:
-        """Returns a row's conversation as TRL's collator renders it, or `None` if the row is a text."""
+        """Returns a row's conversation as TRL's collator renders it and checks it, or `None` if the row is a text."""
         if not is_conversational(row):
+            if self.structure_weights != StructureWeights():
+                raise ValueError(NO_CONVERSATION_MESSAGE)
             return None
         messages = prepare_multimodal_messages(row[columns[0]], images=row["images"])
-        template_kwargs = {"return_tensors": "pt", "processor_kwargs": {"add_special_tokens": False}}
-        for name in columns[1:]:
-            messages += prepare_multimodal_messages(row[name])
-            template_kwargs |= row.get("chat_template_kwargs") or {}
-        return Conversation(messages, self.processor, chat_template, {"chat_template_kwargs": template_kwargs})
+        kwargs = {"return_tensors": "pt", "processor_kwargs": {"add_special_tokens": False}}
+        if columns == ["messages"]:
+            return Conversation(messages, self.processor, chat_template, {"chat_template_kwargs": kwargs})
+        messages += prepare_multimodal_messages(row["completion"])
+        kwargs |= row.get("chat_template_kwargs") or {}
+        conversation = Conversation(messages, self.processor, chat_template, {"chat_template_kwargs": kwargs})
+        conversation.render_prompt(len(row["prompt"]))
+        return conversation
 
 
 def check_rows(rows: list[dict[str, Any]], text_field: str) -> list[dict[str, Any]]:
-    """Raises `ValueError` for what is wrong in an example but for its images."""
+    """Raises `ValueError` for what is wrong in an example, apart from its images."""
     for row in rows:
-        check_weight(_complete_row(row, _columns(row, text_field), text_field).get("weight"), "`weight`")
+        _complete_row(row, _columns(row, text_field), text_field)
     return [{"checked": True}] * len(rows)
 
 
@@ -242,7 +241,7 @@ def _columns(example: dict[str, Any], text_field: str) -> list[str]:
 
 @contextmanager
 def _naming(position: int, example: dict[str, Any], columns: list[str]) -> Iterator[None]:
-    """Says which example an error is about, by its position and its beginning: a collator does not know its index."""
+    """Adds the position and the beginning of the example to an error. A collator does not know its index."""
     try:
         yield
     except _ROW_ERRORS as error:
@@ -251,7 +250,7 @@ def _naming(position: int, example: dict[str, Any], columns: list[str]) -> Itera
 
 
 def _complete_row(example: dict[str, Any], columns: list[str], text_field: str) -> dict[str, Any]:
-    """Returns a copy of an example with a list of `"images"`, in which nothing is missing."""
+    """Returns a copy of an example with a `"weight"` and a list of `"images"`, in which nothing is missing."""
     row = {**example, "images": example.get("images") or []}
     if text_field not in columns:  # which TRL would take
         row.pop(text_field, None)
@@ -270,15 +269,8 @@ def _complete_row(example: dict[str, Any], columns: list[str], text_field: str) 
         raise ValueError(f"`images` must be a list, but is {row['images']!r}. Name a single one `image`.")
     if row.pop("image", None) is not None:
         row["images"] = [example["image"]]
+    row["weight"] = check_weight(row.get("weight"), "`weight`")
     return row
-
-
-def _check_same_tokens(conversation: Conversation, input_ids: list[int]) -> None:
-    if [int(token) for token in conversation.tokenize()["input_ids"][: len(input_ids)]] != input_ids:
-        raise ValueError(
-            "the turns of `completion` have different weights, but its tokens are other ones than those of the whole "
-            "conversation, so its turns cannot be found. Pass the conversation as `messages`."
-        )
 
 
 @contextmanager

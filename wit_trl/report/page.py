@@ -29,33 +29,19 @@ img {{ max-width: 100%; }}
 
 
 def printable(text: str) -> str:
-    """Returns `text` with line breaks and tabs marked, and all else that a terminal would act on escaped."""
-
-    def show(character: str) -> str:
-        if character in "\n\t":
-            return {"\n": "↵\n", "\t": "⇥\t"}[character]
-        # But for the joiners of emoji and of Persian and Indic words
-        acts = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") and character not in "\u200c\u200d"
-        return character.encode("unicode_escape").decode() if acts else character
-
-    return "".join(map(show, text))
+    """Returns `text` with line breaks and tabs marked. All else that a terminal would act on is escaped."""
+    # The joiners are part of emoji, and of Persian and Indic words
+    shown = {"\n": "↵\n", "\t": "⇥\t", "\u200c": "\u200c", "\u200d": "\u200d"}
+    for character in {*text} - {*shown}:
+        if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp"):
+            shown[character] = character.encode("unicode_escape").decode()
+    return "".join(shown.get(character, character) for character in text)
 
 
 def page(name: str, heading: str, console: Console, image: bytes, alt: str) -> str:
     """
-    Returns what a recording console printed as HTML, under a heading of any number of lines and above a picture.
-
-    Args:
-        name (`str`):
-            The title of the window.
-        heading (`str`):
-            What is above.
-        console ([`~rich.console.Console`]):
-            The console, with `record=True`.
-        image (`bytes`):
-            The picture, as PNG.
-        alt (`str`):
-            What it shows, in words.
+    Returns what a console (with `record=True`) printed, as HTML. `name` is the title of the window. A heading of any
+    number of lines is above, an image (PNG) below; `alt` says in words what it shows.
     """
     # rich reads braces as its own
     heading = html.escape(heading.strip()).replace("{", "{{").replace("}", "}}").replace("\n", "<br>\n")

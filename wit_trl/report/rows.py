@@ -2,7 +2,6 @@
 
 import io
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,20 +19,21 @@ from .weight_report import WeightReport
 
 # Two shades each, which alternate from token to token
 _SHADES = {0: ("#b3cde8", "#d3e3f3"), 1: ("#ffc48a", "#ffddb8")}
+_SPECIAL = Style(bold=True, underline=True)
 _DOCUMENT_START = "▌"
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[Any]) -> list[str]:
     """
-    Returns the text that each token adds to the text before it. A character of several tokens comes with the last of
-    them, as long as they are of one group. A group is a tuple, whose first entry is whether a document starts there.
+    Returns the text that each token adds to the text before it. Each token has a group, a tuple whose first entry says
+    whether a document starts there. A character of several tokens of one group comes with the last of them.
     """
 
     def decode(start: int, end: int) -> str:
         return tokenizer.decode(tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     pieces = []
-    # Decoded from `start`, the tokens before `end` are known text; they tell whether the next begins with a space
+    # The tokens from `start` to `end` are shown already. They tell whether the next token begins with a space
     start = end = 0
     for position in range(len(tokens)):
         if groups[position][0]:
@@ -52,34 +52,20 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[
 
 def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weights: tuple[float, float]) -> Text:
     """
-    Returns a tokenized row as the trainer weighs it: each token in the colour of its region, in two shades that
-    alternate, with its region and weight written where they change. Of a token that is repeated and never a target, as
-    those that stand for an image, the number is written.
+    Returns a tokenized row as the trainer weighs it, for the weights of a prompt token and of a completion token.
 
-    Args:
-        row (`dict`):
-            Row as `DataCollatorForWIT` takes it.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that made it.
-        loss_weights (`tuple[float, float]`):
-            Weight of a prompt token and of a completion token.
+    Each token has the colour of its region, in two shades that alternate. Region and weight are written where they
+    change. A token that repeats and is never a target, such as that of an image, is written once, with the number.
     """
-    prompt_loss_weight, completion_loss_weight = loss_weights
-    batch = DataCollatorForWIT(0, prompt_loss_weight=prompt_loss_weight, completion_loss_weight=completion_loss_weight)(
-        [row]
-    )
+    collator = DataCollatorForWIT(0)
+    collator.prompt_loss_weight, collator.completion_loss_weight = loss_weights
+    batch = collator([row])
     tokens = row["input_ids"]
+    starts = {0, *itertools.accumulate(row.get("seq_lengths", []))}
+    regions, weights = batch["completion_mask"][0].tolist(), batch["token_weights"][0].tolist()
     # Without what the collator pads
-    weights = [float(f"{weight:.6g}") for weight in batch["token_weights"][0, : len(tokens)].tolist()]
-    regions = batch["completion_mask"][0, : len(tokens)].tolist()
-    lengths = row.get("seq_lengths", [len(tokens)])
-    starts = {end - length for end, length in zip(itertools.accumulate(lengths), lengths, strict=True)}
-    special = set(tokenizer.all_special_ids)
-
-    groups = [
-        (position in starts, region, weight)
-        for position, (region, weight) in enumerate(zip(regions, weights, strict=True))
-    ]
+    groups = [(i in starts, regions[i], float(f"{weights[i]:.6g}")) for i in range(len(tokens))]
+    special = {*tokenizer.all_special_ids}
     text = Text()
     shade, repeated = 0, 1
     for position, piece in enumerate(_pieces(tokenizer, tokens, groups)):
@@ -88,14 +74,12 @@ def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weigh
             text.append("\n" * (position > 0)).append(_DOCUMENT_START, "bold red")
         elif group != groups[position - 1]:
             text.append(f"[{REGIONS[region]} {weight:g}]", "bold")
-        style = _token_style(region, weight, shade)
         follows = groups[position + 1 : position + 2] == [group] and tokens[position + 1] == tokens[position]
         if region == -100 and follows:
             repeated += 1
             continue
-        text.append(
-            printable(piece), style + Style(bold=True, underline=True) if tokens[position] in special else style
-        )
+        style = _token_style(region, weight, shade)
+        text.append(printable(piece), style + _SPECIAL if tokens[position] in special else style)
         if repeated > 1:
             text.append(f" x {repeated:,} ", "bold")
         shade, repeated = 1 - shade if piece else shade, 1
@@ -107,34 +91,14 @@ def _token_style(region: int, weight: float, shade: int) -> Style:
 
 
 def show_page(
-    console: Console,
-    rows: Iterable[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    report: WeightReport,
-    epochs: float,
+    console: Console, rows: list[dict], tokenizer: PreTrainedTokenizerBase, report: WeightReport, epochs: float
 ) -> None:
-    """
-    Prints rows, the report of the whole training set, and what is known of such data.
-
-    Args:
-        console ([`~rich.console.Console`]):
-            Where to.
-        rows (`Iterable[dict]`):
-            The rows to show, as `DataCollatorForWIT` takes them.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer that made them.
-        report ([`WeightReport`]):
-            Report of the training set.
-        epochs (`float`):
-            How often the training sees it.
-    """
+    """Prints rows, the report of the whole training set, and what is known of such data."""
     legend = Text()
     for region, weight in enumerate(report.loss_weights):
         legend.append(f"[{REGIONS[region]} {weight:g}]", "bold").append("tokens", _token_style(region, weight, 0))
         legend.append(" ")
-    legend.append("zero weight", _token_style(0, 0, 0)).append(" ").append(
-        "special token", Style(bold=True, underline=True)
-    )
+    legend.append("zero weight", _token_style(0, 0, 0)).append(" ").append("special token", _SPECIAL)
     legend.append(" ").append(_DOCUMENT_START, "bold red").append("first token of a document")
     console.print(legend, soft_wrap=True)
     for number, row in enumerate(rows):
@@ -148,17 +112,12 @@ def show_page(
 
 
 def html_page(
-    title: str,
-    rows: Iterable[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    report: WeightReport,
-    epochs: float,
-    histogram: bytes,
+    title: str, rows: list[dict], tokenizer: PreTrainedTokenizerBase, report: WeightReport, epochs: float, image: bytes
 ) -> str:
-    """Returns the page of `show_page`, under a title of any number of lines, and the histogram (PNG) as HTML."""
+    """Returns as HTML: a title of any number of lines, what `show_page` prints, and the histogram (PNG)."""
     console = Console(file=io.StringIO(), record=True, width=1000)  # the browser wraps
     show_page(console, rows, tokenizer, report, epochs)
-    return page("wit-trl inspect", title, console, histogram, "Lengths of prompts and completions")
+    return page("wit-trl inspect", title, console, image, "Lengths of prompts and completions")
 
 
 def plot_lengths(prompt: np.ndarray, completion: np.ndarray) -> bytes:
@@ -167,7 +126,7 @@ def plot_lengths(prompt: np.ndarray, completion: np.ndarray) -> bytes:
 
     figure = Figure(figsize=(7, 3.5))
     axes = figure.subplots()
-    # The longest hundredth goes into the last bin: a single long row would leave no room for the others
+    # The longest 1% goes into the last bin: a single long row would leave no room for the others
     longest = max(np.percentile(lengths, 99) for lengths in (prompt, completion))
     bins = np.linspace(0, max(longest, 1), 51)
     for lengths, name, colour in ((prompt, "prompt", "tab:blue"), (completion, "completion", "tab:orange")):

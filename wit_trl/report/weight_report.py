@@ -1,9 +1,9 @@
 """What the two weights do to a training set: counts, shares and lengths, from its rows."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow.compute as pc
@@ -21,10 +21,12 @@ from ..weights import REGIONS, StructureWeights, token_regions, token_weights
 
 logger = get_logger(__name__)
 
-# Rows of a prepared `Dataset` that are counted at most, which takes a few seconds. Of others, `STREAMED_ROWS` are
-# counted: each row of a stream is prepared for it, and each row that nobody prepared is read in Python
+Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
+
+# At most this number of rows of a prepared `Dataset` is counted, which takes a few seconds. Of a stream, which prepares
+# each row for it, and of rows that nobody prepared, which are read in Python, `STREAMED_ROWS` are counted
 STORED_ROWS = 1_000_000
-# Next to `completion_mask` and `token_weights`, which hold all of it once rows are prepared
+# Prepared rows lack them: their `completion_mask` and `token_weights` hold all of it
 _COLUMNS_THE_COLLATOR_READS = {"labels", "assistant_masks", "attention_mask", "weight"}
 # Below this share of the weight a region is as good as left out
 NEGLIGIBLE_SHARE = 0.001
@@ -32,43 +34,27 @@ NEGLIGIBLE_SHARE = 0.001
 
 @dataclass(frozen=True)
 class WeightReport:
-    """
-    What the weights do to a training set. [`weigh`] makes it. Prints as a table with rich.
+    """What the weights do to a training set. [`weigh`] makes it. It prints as a table with rich."""
 
-    Args:
-        rows (`int`): Number of rows that were counted.
-        partial (`bool`): Whether these are only the first rows.
-        loss_weights (`tuple[float, float]`): Weight of a prompt token and of a completion token.
-        tokens (`dict[int, int]`): Number of tokens of each region: 0 prompt, 1 completion, -100 never a target
-            (padding, and the first token of every document, which nothing predicts).
-        data_nonzero (`dict[int, int]`): Number of those whose data weight is not zero.
-        data_weight (`dict[int, float]`): Sum of their data weights.
-        data_weights (`tuple[float, float]`): The smallest and the largest data weight of a token.
-        lengths (`tuple[np.ndarray, np.ndarray]`): Number of prompt tokens and of completion tokens of each row or
-            document. Where the preparation noted it, that is before truncation and with the rows that were dropped.
-        truncated (`int`, *optional*): Number of rows that are cut to `max_length`. `None` if unknown.
-        without_completion (`int`, *optional*): Number of rows that lose their whole completion so. `None` if unknown.
-        dropped (`int`, *optional*): Number of rows without a token of non-zero weight, which were dropped. `None` if
-            unknown.
-        structure ([`StructureWeights`]): Weights of roles and of the chat template's own tokens.
-        loss_divisor (`str`): What the weighted sum is divided by, the `"count"` or the `"weights"`.
-        token_factors (`str`, *optional*): What multiplies the loss of each token in training.
-    """
-
-    rows: int
-    partial: bool
-    loss_weights: tuple[float, float]
-    tokens: dict[int, int]
-    data_nonzero: dict[int, int]
-    data_weight: dict[int, float]
-    data_weights: tuple[float, float]
+    rows: int  # that were counted
+    partial: bool  # whether these are only the first rows
+    loss_weights: tuple[float, float]  # of a prompt token and of a completion token
+    # By region: 0 prompt, 1 completion, -100 never a target (padding, and the first token of every document, which
+    # nothing predicts)
+    tokens: dict[int, int]  # number of tokens
+    data_nonzero: dict[int, int]  # number of tokens whose data weight is not zero
+    data_weight: dict[int, float]  # sum of the data weights
+    data_weights: tuple[float, float]  # the smallest and the largest data weight of a token
+    # Number of prompt tokens and of completion tokens of each row or document. Where the preparation noted it, that is
+    # before truncation, and of the dropped rows too
     lengths: tuple[np.ndarray, np.ndarray]
-    truncated: int | None
-    without_completion: int | None
-    dropped: int | None = None
+    # Numbers of rows, `None` if unknown
+    truncated: int | None  # cut to `max_length`
+    without_completion: int | None  # whose whole completion is cut off
+    dropped: int | None = None  # because no token has a weight other than zero
     structure: StructureWeights = field(default_factory=StructureWeights)
-    loss_divisor: str = "count"
-    token_factors: str | None = None
+    loss_divisor: str = "count"  # what the weighted sum is divided by: the "count" or the "weights"
+    token_factors: str | None = None  # what multiplies the loss of each token in training
 
     @property
     def nonzero(self) -> dict[int, int]:
@@ -107,22 +93,23 @@ class WeightReport:
         ]
 
     def __rich__(self) -> RenderableType:
-        tokens, weight = sum(self.tokens.values()), sum(self.weight.values())
-        zero = tokens - sum(self.nonzero.values())
+        all_tokens, all_weight = sum(self.tokens.values()), sum(self.weight.values())
+        zero = all_tokens - sum(self.nonzero.values())
         title = f"What is weighted in {'the first ' if self.partial else ''}{self.rows:,} rows"
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
         for header in ("", "loss weight", "tokens", "share", "share of the weight"):
             table.add_column(header, justify="right" if header else "left")
-        for region, name in REGIONS.items():
-            loss_weight = f"{self.loss_weights[region]:g}" if region >= 0 else "0"
-            count, region_weight = self.tokens[region], self.weight[region]
-            table.add_row(name, loss_weight, f"{count:,}", _percent(count, tokens), _percent(region_weight, weight))
+
+        def add_row(name: str, loss_weight: str, tokens: int, weight: float) -> None:
+            table.add_row(name, loss_weight, f"{tokens:,}", _percent(tokens, all_tokens), _percent(weight, all_weight))
+
+        for (region, name), loss_weight in zip(REGIONS.items(), (*self.loss_weights, 0), strict=True):
+            add_row(name, f"{loss_weight:g}", self.tokens[region], self.weight[region])
         table.add_section()
-        table.add_row("all", "", f"{tokens:,}", _percent(tokens, tokens), _percent(weight, weight))
-        table.add_row("of zero weight", "", f"{zero:,}", _percent(zero, tokens), _percent(0, weight))
+        add_row("all", "", all_tokens, all_weight)
+        add_row("of zero weight", "", zero, 0)
 
         # ASCII alone: what cannot be encoded in a log file would end the training
-        scale = "-" if self.gradient_scale is None else f"x {self.gradient_scale:.3g}"
         facts = Table.grid(padding=(0, 2), pad_edge=True)
         least, most = self.data_weights
         facts.add_row("weights in the data", "none" if least == most == 1 else f"{least:g} to {most:g}")
@@ -134,11 +121,16 @@ class WeightReport:
             facts.add_row("turns that are completion", self.structure.completion_turns)
         if self.token_factors is not None:
             facts.add_row("factor of each token in training", self.token_factors)
-        facts.add_row("completion tokens to a prompt token", _ratio(self.tokens[1], self.tokens[0]))
+        ratio = f"{self.tokens[1] / self.tokens[0]:.3g}" if self.tokens[0] else "-"
+        facts.add_row("completion tokens to a prompt token", ratio)
+        scale = "-" if self.gradient_scale is None else f"x {self.gradient_scale:.3g}"
         facts.add_row("gradient of the completion against conventional tuning *", scale)
-        facts.add_row("rows truncated", _count(self.truncated))
-        facts.add_row("rows with no completion left", _count(self.without_completion))
-        facts.add_row("rows dropped", _count(self.dropped))
+        for name, number in (
+            ("rows truncated", self.truncated),
+            ("rows with no completion left", self.without_completion),
+            ("rows dropped", self.dropped),
+        ):
+            facts.add_row(name, "unknown" if number is None else f"{number:,}")
         formula = "completion_loss_weight * completion / all, in tokens of non-zero weight."
         if self.loss_divisor == "weights":
             formula = "share of the weight, because the loss is divided by the sum of the weights."
@@ -155,33 +147,13 @@ def _percent(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _ratio(numerator: int, denominator: int) -> str:
-    return f"{numerator / denominator:.3g}" if denominator else "-"
-
-
-def _count(number: int | None) -> str:
-    return "unknown" if number is None else f"{number:,}"
-
-
 def weigh(
-    rows: Dataset | IterableDataset | list[dict[str, Any]],
-    loss_weights: tuple[float, float],
-    lengths: RowLengths | None = None,
-    partial: bool | None = None,
+    rows: Rows, loss_weights: tuple[float, float], lengths: RowLengths | None = None, partial: bool | None = None
 ) -> WeightReport:
     """
-    Returns the counts of a [`WeightReport`]: of the first thousand rows of a stream or of rows that the trainer did not
-    prepare, else of the first million.
-
-    Args:
-        rows (`Dataset`, `IterableDataset` or `list[dict]`):
-            The rows that are trained on, with `"input_ids"` and what `DataCollatorForWIT` takes.
-        loss_weights (`tuple[float, float]`):
-            Weight of a prompt token and of a completion token.
-        lengths ([`RowLengths`], *optional*):
-            What the rows were before. By default the rows tell, if they were prepared.
-        partial (`bool`, *optional*):
-            Whether `rows` are only the first ones. By default `rows` tell.
+    Returns the counts of a [`WeightReport`] for tokenized rows: of the first million if they were prepared, else, and
+    of a stream, of the first thousand. The rows themselves tell `lengths` (what they were before) and `partial`
+    (whether they are only the first ones), unless these are given.
 
     Raises:
         `ValueError`: a row is not tokenized, is read through a transform, or its masks or weights are wrong.
@@ -190,59 +162,77 @@ def weigh(
         raise ValueError(f"The rows of a `{type(rows).__name__}` cannot be counted without using them up.")
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         raise ValueError("The data set has a transform (`with_transform`), so its rows may differ at every reading.")
+    counted = _first_rows(rows)
+    columns = ["completion_mask", "token_weights"]
+    if "seq_lengths" in counted.column_names:  # of the documents of packed rows
+        columns.append("seq_lengths")
     tokens, nonzero, data_weight = dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0.0)
     least, most = np.inf, 0.0
-    by_region: tuple[list, list] = ([], [])
-    noted: list[RowLengths] = []
-    count = 0
-    for batch in _batches(rows):
-        count += batch.rows
-        starts = batch.ends - batch.lengths
-        for region, region_lengths in enumerate(by_region):
-            before = np.concatenate([[0], np.cumsum(batch.regions == region)])
-            region_lengths.append(before[batch.ends] - before[starts])
-        regions = batch.regions.copy()
-        regions[starts[batch.lengths > 0]] = -100  # nothing predicts the first token
-        weights = batch.weights[regions >= 0]
-        least, most = min(least, weights.min(initial=np.inf)), max(most, weights.max(initial=0))
+    document_lengths = [np.zeros((2, 0), int)]  # by region
+    for table in counted.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        regions, weights, *documents = (pc.list_flatten(table[name]).to_numpy() for name in columns)
+        sizes = documents[0] if documents else pc.list_value_length(table["completion_mask"]).to_numpy()
+        document = np.repeat(np.arange(len(sizes)), sizes)  # of each token
+        document_lengths.append(
+            np.stack([np.bincount(document[regions == region], minlength=len(sizes)) for region in (0, 1)])
+        )
+        regions = np.where(np.diff(document, prepend=-1) > 0, -100, regions)  # nothing predicts the first token
+        of_targets = weights[regions >= 0]
+        least, most = min(least, of_targets.min(initial=np.inf)), max(most, of_targets.max(initial=0))
         for region in REGIONS:
-            here = batch.weights[regions == region]
-            tokens[region] += len(here)
-            nonzero[region] += int(np.count_nonzero(here))
-            data_weight[region] += float(here.sum(dtype=np.float64))
-        if batch.noted is not None:
-            noted.append(batch.noted)
-    if lengths is None and noted:
-        lengths = RowLengths(*(np.concatenate([getattr(part, name) for part in noted]) for name in LENGTH_COLUMNS))
-    if lengths is None:
-        prompt, completion = (np.concatenate(parts or [np.zeros(0, int)]) for parts in by_region)
-    else:
+            of_region = weights[regions == region]
+            tokens[region] += len(of_region)
+            nonzero[region] += int(np.count_nonzero(of_region))
+            data_weight[region] += float(of_region.sum(dtype=np.float64))
+    prompt, completion = np.concatenate(document_lengths, axis=1)
+    truncated = without_completion = None
+    if lengths is None and {*LENGTH_COLUMNS} <= {*counted.column_names}:
+        lengths = RowLengths.read(counted)
+    if lengths is not None:
         prompt, completion = lengths.prompt_length, lengths.completion_length
+        truncated = int(np.count_nonzero(lengths.truncated))
+        without_completion = int(np.count_nonzero(lengths.completion_lost))
+    if partial is None:
+        partial = isinstance(rows, IterableDataset) or len(counted) < len(rows)
     return WeightReport(
-        rows=count,
-        partial=isinstance(rows, IterableDataset) or count < len(rows) if partial is None else partial,
+        rows=len(counted),
+        partial=partial,
         loss_weights=loss_weights,
         tokens=tokens,
         data_nonzero=nonzero,
         data_weight=data_weight,
         data_weights=(least, most),
         lengths=(prompt, completion),
-        truncated=None if lengths is None else int(np.count_nonzero(lengths.truncated)),
-        without_completion=None if lengths is None else int(np.count_nonzero(lengths.completion_lost)),
+        truncated=truncated,
+        without_completion=without_completion,
     )
+
+
+def _first_rows(rows: Rows) -> Dataset:
+    """Returns the rows that are counted, with their regions and data weights. It reads a stream once."""
+    if isinstance(rows, Dataset) and _is_prepared(rows.column_names):
+        # `take` of more rows than there are is an error before datasets 5.2
+        return rows.take(min(STORED_ROWS, len(rows)))
+    first = list(itertools.islice(rows, STREAMED_ROWS))
+    if first and not _is_prepared(first[0]):
+        first = [_read_as_the_collator(row) for row in first]
+    return Dataset.from_list(first)
+
+
+def _is_prepared(columns: Iterable[str]) -> bool:
+    return {"completion_mask", "token_weights"} <= {*columns} and _COLUMNS_THE_COLLATOR_READS.isdisjoint(columns)
+
+
+def _read_as_the_collator(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the regions and data weights that the collator reads from a row that nobody prepared."""
+    read = {"completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
+    return {**read, "seq_lengths": row["seq_lengths"]} if "seq_lengths" in row else read
 
 
 def print_report(make_report: Callable[[], WeightReport], max_length: int | None, messages_are_new: bool) -> None:
     """
     Prints a report on the main process, with warnings of what is odd in it. Whatever the data is, it raises nothing.
-
-    Args:
-        make_report (`Callable`):
-            What makes the report.
-        max_length (`int`, *optional*):
-            Length that rows are cut to.
-        messages_are_new (`bool`):
-            Whether to say what `SFTTrainer` does with `messages`.
+    Where `messages_are_new`, it says how `SFTTrainer` trains messages.
     """
     try:
         report = make_report()
@@ -265,50 +255,3 @@ def print_report(make_report: Callable[[], WeightReport], max_length: int | None
             f"The {region} has less than {NEGLIGIBLE_SHARE:.1%} of the weight, so it is hardly trained. Check the "
             f"weights: (prompt, completion) is {report.loss_weights}."
         )
-
-
-@dataclass
-class _Batch:
-    """Some rows, flattened: lengths and ends of their documents; region and data weight of their tokens."""
-
-    rows: int
-    lengths: np.ndarray
-    ends: np.ndarray
-    regions: np.ndarray
-    weights: np.ndarray
-    noted: RowLengths | None
-
-
-def _batches(rows: Dataset | IterableDataset | list[dict[str, Any]]) -> Iterator[_Batch]:
-    """Yields the first rows in batches. It reads a stream once."""
-    if isinstance(rows, Dataset) and _is_prepared(rows.column_names):
-        # `take` of more rows than there are is an error before datasets 5.2
-        dataset = rows.take(min(STORED_ROWS, len(rows)))
-    else:
-        first = list(itertools.islice(rows, STREAMED_ROWS))
-        if not first or not _is_prepared(first[0]):
-            first = [_read_as_the_collator(row) for row in first]
-        dataset = Dataset.from_list(first)
-    names = ["completion_mask", "token_weights"]
-    optional = [name for name in ("seq_lengths", *LENGTH_COLUMNS) if name in dataset.column_names]
-    has_lengths = {*LENGTH_COLUMNS} <= {*optional}
-    for table in dataset.select_columns(names + optional).with_format("arrow").iter(batch_size=1000):
-        regions, weights = (pc.list_flatten(table[name]).to_numpy() for name in names)
-        # Of the documents of a packed row, else of rows
-        if "seq_lengths" in optional:
-            lengths = pc.list_flatten(table["seq_lengths"]).to_numpy()
-        else:
-            lengths = pc.list_value_length(table["completion_mask"]).to_numpy()
-        lengths = lengths.astype(np.int64)
-        noted = RowLengths(*(table[name].to_numpy() for name in LENGTH_COLUMNS)) if has_lengths else None
-        yield _Batch(len(table), lengths, np.cumsum(lengths), regions, weights, noted)
-
-
-def _is_prepared(columns: Iterable[str]) -> bool:
-    return {"completion_mask", "token_weights"} <= {*columns} and _COLUMNS_THE_COLLATOR_READS.isdisjoint(columns)
-
-
-def _read_as_the_collator(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the regions and data weights that the collator reads from a row that nobody prepared."""
-    read = {"completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
-    return read | {name: row[name] for name in ("seq_lengths",) if name in row}
