@@ -17,25 +17,14 @@ from .study import SweepStudy, TrialSettings
 
 @dataclass(frozen=True)
 class TrialResult:
-    """
-    A trial that has ended.
+    """A trial that has ended."""
 
-    Args:
-        settings ([`TrialSettings`]): The weights and the seed.
-        number (`int`): The number of the trial in the study.
-        folder (`Path`): The folder of its files.
-        metrics (`dict[str, float]`): The metrics. Losses are in nats per token. Empty if the trial failed.
-        answers (`list[str]`): The answers of its model to the prompts of the report.
-        error (`str`, *optional*): The end of the log, if the trial failed.
-        seconds (`float`): The time that it took.
-    """
-
-    settings: TrialSettings
-    number: int
-    folder: Path
-    metrics: dict[str, float]
-    answers: list[str]
-    error: str | None
+    settings: TrialSettings  # the weights and the seed
+    number: int  # in the study
+    folder: Path  # of its files
+    metrics: dict[str, float]  # losses in nats per token; empty if the trial failed
+    answers: list[str]  # of its model, to the prompts of the report
+    error: str | None  # the end of the log, if the trial failed
     seconds: float
 
     @classmethod

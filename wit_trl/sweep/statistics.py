@@ -29,17 +29,10 @@ from .pairs import Pair
 
 @dataclass(frozen=True)
 class Losses:
-    """
-    The losses of all trials of a sweep on the same rows. A metric that is no mean of rows has a single row.
+    """The losses of all trials of a sweep on the same rows. A metric that is no mean of rows has a single row."""
 
-    Args:
-        totals (`dict[tuple[Pair, int], np.ndarray]`): Summed loss of each row in nats, of shape `(rows,)`, for each
-            pair of weights and seed.
-        tokens (`np.ndarray` of shape `(rows,)`): Number of tokens of each row. 1 for a metric that is no mean of rows.
-    """
-
-    totals: Mapping[tuple[Pair, int], np.ndarray]
-    tokens: np.ndarray
+    totals: Mapping[tuple[Pair, int], np.ndarray]  # (rows,) for each pair and seed: summed loss of each row, in nats
+    tokens: np.ndarray  # (rows,): number of tokens of each row; 1 for a metric that is no mean of rows
 
     def means(self) -> dict[tuple[Pair, int], float]:
         """Returns the mean per token of each trial."""
@@ -52,19 +45,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Difference:
-    """
-    How much a pair of weights differs from the baseline.
+    """How much a pair of weights differs from the baseline."""
 
-    Args:
-        value (`float`): The pair minus the baseline, per token.
-        half_width (`float`, *optional*): The interval reaches from `value - half_width` to `value + half_width`. `None`
-            if there is no interval, because a single seed tells nothing about the noise of runs.
-        seeds (`int`): Number of seeds that both were trained with.
-    """
-
-    value: float
-    half_width: float | None
-    seeds: int
+    value: float  # the pair minus the baseline, per token
+    half_width: float | None  # of the interval; `None` without one: a single seed tells nothing about the noise of runs
+    seeds: int  # number of seeds that both were trained with
 
     @property
     def is_found(self) -> bool:
@@ -128,19 +113,11 @@ def _dunnett_quantile(choices: int, degrees: float, draws: int = 50_000) -> floa
 
 @dataclass(frozen=True)
 class Choice:
-    """
-    The pair that does best, and how far it is from the baseline.
-
-    Args:
-        pair (`Pair`): The pair.
-        difference ([`Difference`], *optional*): The pair minus the baseline. `None` if it is the baseline.
-        on_other_rows (`bool`): Whether one half of the rows chose the pair and the other half measured the difference.
-            A single row does both.
-    """
+    """The pair that does best, and how far it is from the baseline."""
 
     pair: Pair
-    difference: Difference | None
-    on_other_rows: bool
+    difference: Difference | None  # the pair minus the baseline; `None` if it is the baseline
+    on_other_rows: bool  # whether other rows measured the difference than chose the pair: a single row does both
 
 
 def choose(losses: Losses, baseline: Pair, greater_is_better: bool = False) -> Choice:
