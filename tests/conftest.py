@@ -42,6 +42,14 @@ DOCUMENTED = [
 ]
 
 
+# Their single tests take up to minutes, so they come first: no process is left alone with one of them at the end
+LONG = ("tests/sweep/test_command.py", "tests/test_examples.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     connect = socket.socket.connect

@@ -212,9 +212,7 @@ def test_a_change_is_named(monkeypatch):
         return []
 
     monkeypatch.setattr("trl.data_utils.get_dataset_column_names", get_dataset_column_names)
-    with pytest.raises(
-        AssertionError, match=r"the source of trl\.data_utils:get_\S+ changed: .* for data\.schemas"
-    ):
+    with pytest.raises(AssertionError, match=r"the source of trl\.data_utils:get_\S+ changed: .* for data\.schemas"):
         check("trl.data_utils:get_dataset_column_names")
 
 

@@ -1,26 +1,21 @@
 """The same loss, gradient and parameters on every engine as on one process: real processes over gloo."""
 
-import contextlib
 import functools
 import json
-import os
-import signal
+import shutil
 import socket
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .worker import SCENARIOS, run
+from .launcher import REPOSITORY, WORKER, accelerate_launch, run_worker, start
+from .worker import SCENARIOS, heading, run
 
 
-pytestmark = pytest.mark.xdist_group("engines")
-REPOSITORY = Path(__file__).parent.parent.parent
-WORKER = Path(__file__).parent / "worker.py"
+# A launch that hangs is given up after 270 seconds, and what is after it still runs
+pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(900)]
 SHARED_BY_TWO = ("--parallelism_config_sp_size", "2")
 SPLIT_IN_TWO = ("--parallelism_config_cp_size", "2")
 # Every linear layer in a group of its own, also the head
@@ -58,6 +53,7 @@ IN_INTERPRETER = ("ddp", "fsdp2_head_group", "zero3", "context_parallel")
 FSDP1 = ("fsdp1", "fsdp1_head_group", "fsdp_qlora")
 # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
 SAVING_ENGINES = [engine for engine in ENGINES if engine not in (*FSDP1, "tensor_parallel")]
+RESUMED = "resume_from_first:weighted"
 
 
 def can_run(engine, scenario):
@@ -84,58 +80,63 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(*commands, **environment):
-    """Runs commands side by side, and returns the first exit status that is not 0, and all output. Leaves no child
-    behind, whatever happens."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
-    with tempfile.TemporaryFile("w+") as output:
-        processes = [
-            subprocess.Popen(
-                [str(word) for word in command],
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for command in commands
-        ]
-        try:
-            statuses = [process.wait(timeout=280) for process in processes]
-        finally:
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        output.seek(0)
-        return next(filter(None, statuses), 0), output.read()
-
-
 def launch(engine, *arguments):
     """Runs the worker on two processes (or what the engine says), with the configuration that users launch with."""
     config, changes = ENGINES[engine]
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", REPOSITORY / "accelerate_configs" / config),
         *("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", free_port()),
         *changes,
     ]
     machines = [["--machine_rank", 0], ["--machine_rank", 1]] if engine == "fsdp_multi_node" else [[]]
-    tensor_parallel_size = "2" if engine == "tensor_parallel" else "1"
     return start(
-        *([*command, *machine, WORKER, *arguments] for machine in machines),
-        DS_ACCELERATOR="cpu",
-        TRITON_INTERPRET="1" if engine in IN_INTERPRETER else "0",
-        TENSOR_PARALLEL_SIZE=tensor_parallel_size,
+        *([accelerate_launch, *command, *machine, WORKER, *arguments] for machine in machines),
+        TENSOR_PARALLEL_SIZE="2" if engine == "tensor_parallel" else "1",
     )
+
+
+def results_folder(folder, name):
+    """The folder of the results of a run, as the worker is told its name."""
+    kind, _, scenario = name.rpartition(":")
+    return folder / (f"{scenario}-resumed" if kind == "resume_from_first" else scenario)
+
+
+def launch_each(engine, folder, names):
+    """Launches the runs together, and those after one that failed once more. Returns what each that failed printed."""
+    failures, tries = {}, Counter()
+    while names:
+        status, output = launch(engine, folder, *names)
+        if status == 0:
+            break
+        # Only after all of them is nothing missing: then it was the end of the last
+        missing = [name for name in names if not (results_folder(folder, name) / "results.json").exists()]
+        name = missing[0] if missing else names[-1]
+        names = names[names.index(name) :]
+        if heading(name) not in output:  # the launch itself failed, and would fail again
+            return failures | dict.fromkeys(names, output)
+        shutil.rmtree(results_folder(folder, name), ignore_errors=True)  # no later run shall find what this one left
+        # torch's ring attention, which is experimental, corrupts its memory over gloo: about one launch in three of
+        # context parallelism on two ranks ends in SIGABRT. What a signal ended gets two more tries, but no exception
+        # and no wrong number.
+        tries[name] += 1
+        if "Fatal Python error" in output and tries[name] < 3:
+            continue
+        failures[name] = output[output.find(heading(name)) :]
+        names = names[1:]
+    return failures
 
 
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory):
-    """A folder with the results of every scenario on one process: batch 8."""
+    """A function that returns the folder with the results of a scenario on one process: batch 8."""
     folder = tmp_path_factory.mktemp("one_process")
-    for scenario in SCENARIOS:
+
+    @functools.cache
+    def trained(scenario):
         run(folder, scenario, 8, 1)
-    return folder
+        return folder
+
+    return trained
 
 
 @pytest.fixture(scope="session")
@@ -145,14 +146,13 @@ def two_processes(tmp_path_factory):
     @functools.cache
     def train(engine):
         folder = tmp_path_factory.mktemp(engine)
-        scenarios = [scenario for case_engine, scenario in CASES if case_engine == engine]
-        return folder, *launch(
-            engine, folder, *scenarios, *(["resume_from_first:weighted"] if engine in SAVING_ENGINES else [])
-        )
+        names = [scenario for case_engine, scenario in CASES if case_engine == engine]
+        return folder, launch_each(engine, folder, [*names, *([RESUMED] if engine in SAVING_ENGINES else [])])
 
-    def trained(engine):
-        folder, status, output = train(engine)
-        assert status == 0, output
+    def trained(engine, name):
+        folder, failures = train(engine)
+        if name in failures:
+            pytest.fail(f"{name} failed on {engine}:\n{failures[name]}", pytrace=False)
         return folder
 
     return trained
@@ -179,23 +179,25 @@ def assert_same_parameters(actual, expected, tolerance):
 
 @pytest.mark.parametrize(("engine", "scenario"), CASES)
 def test_training_equals_one_process(engine, scenario, two_processes, one_process):
-    actual, expected = results(two_processes(engine), scenario), results(one_process, scenario)
+    folder, expected_folder = two_processes(engine, scenario), one_process(scenario)
+    actual, expected = results(folder, scenario), results(expected_folder, scenario)
     assert len(expected["logs"]) == (10 if scenario == "epochs" else 5)
     for log, expected_log in zip(actual["logs"], expected["logs"], strict=True):
         assert set(log) == set(expected_log)
         for key, value in expected_log.items():
             assert log[key] == pytest.approx(value, rel=1e-5), key
-    assert_same_parameters(parameters(two_processes(engine), scenario), parameters(one_process, scenario), 1e-5)
+    assert_same_parameters(parameters(folder, scenario), parameters(expected_folder, scenario), 1e-5)
 
 
 @pytest.mark.parametrize(("engine", "scenario"), CASES)
 def test_evaluation_equals_one_process(engine, scenario, two_processes, one_process):
-    actual, expected = results(two_processes(engine), scenario)["metrics"], results(one_process, scenario)["metrics"]
+    folders = two_processes(engine, scenario), one_process(scenario)
+    actual, expected = (results(folder, scenario)["metrics"] for folder in folders)
     for key in ("eval_loss", "eval_prompt_loss", "eval_completion_loss", "eval_entropy", "eval_mean_token_accuracy"):
         assert actual[key] == pytest.approx(expected[key], rel=1e-5), key
-    rows, expected_rows = (results(folder, scenario)["rows"] for folder in (two_processes(engine), one_process))
+    rows, expected_rows = (results(folder, scenario)["rows"] for folder in folders)
     assert rows == [pytest.approx(row, rel=1e-5) for row in expected_rows]
-    written, expected = (results(folder, scenario)["answers"] for folder in (two_processes(engine), one_process))
+    written, expected = (results(folder, scenario)["answers"] for folder in folders)
     shares_sequences = "ulysses" in engine or "context_parallel" in engine
     assert written == (None if shares_sequences or engine in FSDP1 else expected)
 
@@ -210,7 +212,7 @@ def test_evaluation_of_a_stream_equals_that_of_stored_rows(tmp_path):
 
 @pytest.mark.parametrize("engine", SAVING_ENGINES)
 def test_resumed_training_ends_in_the_same_parameters(engine, two_processes):
-    folder = two_processes(engine)
+    folder = two_processes(engine, RESUMED)
     logs, expected_logs = (results(folder, name)["logs"] for name in ("weighted-resumed", "weighted"))
     assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected_logs], rel=1e-6)
     assert_same_parameters(parameters(folder, "weighted-resumed"), parameters(folder, "weighted"), 1e-7)
@@ -220,7 +222,7 @@ def test_resumed_training_ends_in_the_same_parameters(engine, two_processes):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_training_resumes_to_the_same_parameters(processes, kill, two_processes, tmp_path):
     def train(name):
-        return launch("ddp", tmp_path, name) if processes == 2 else start([sys.executable, WORKER, tmp_path, name])
+        return launch("ddp", tmp_path, name) if processes == 2 else start([run_worker, tmp_path, name])
 
     status, output = train(f"{kill}:weighted")
     assert status != 0
@@ -229,7 +231,7 @@ def test_killed_training_resumes_to_the_same_parameters(processes, kill, two_pro
     status, output = train("resume:weighted")
     assert status == 0, output
     if processes == 2:
-        whole = two_processes("ddp")
+        whole = two_processes("ddp", "weighted")
     else:
         whole = tmp_path / "whole"
         run(whole, "weighted", 2, 4)

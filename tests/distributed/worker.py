@@ -2,8 +2,11 @@
 Trains tiny models and saves what the tests compare. The same code runs on one process, in pytest, and on several:
 
     accelerate launch --config_file ... tests/distributed/worker.py FOLDER [RUN:]SCENARIO...
+
+which launcher.py does.
 """
 
+import faulthandler
 import functools
 import json
 import os
@@ -12,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import ParallelismConfig, is_peft_model
 from datasets import Dataset
 from peft import LoraConfig
@@ -30,7 +34,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from wit_trl import WITSFTConfig, WITSFTTrainer
+from tests.helpers import make_trainer
 from wit_trl.loss import one_pass
 from wit_trl.sweep.retention import answers, can_answer
 
@@ -73,7 +77,7 @@ SHARING = SEQUENCE_PARALLEL_SIZE * CONTEXT_PARALLEL_SIZE * TENSOR_PARALLEL_SIZE
 ACCUMULATION = 4 * SHARING // int(os.environ.get("WORLD_SIZE", 1))
 
 
-def make_model(kind):
+def make_model(kind, folder):
     torch.manual_seed(0)
     config = {
         "vocab_size": 60,
@@ -89,8 +93,18 @@ def make_model(kind):
     }
     if kind == "experts":
         experts = MixtralConfig(num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1, **config)
-        return MixtralForCausalLM(experts)
-    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=kind == "tied", **config))
+        model = MixtralForCausalLM(experts)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=kind == "tied", **config))
+    if TENSOR_PARALLEL_SIZE > 1:
+        model = reload(model, folder, distributed_config=DistributedConfig(tp_size=TENSOR_PARALLEL_SIZE))
+    if kind == "quantized":
+        # Packed in the dtype of the other weights, with which FSDP2 shards them
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
+        )
+        model = reload(model, folder, quantization_config=quantization)
+    return model
 
 
 def make_rows(count):
@@ -106,21 +120,21 @@ def make_rows(count):
     return rows
 
 
-def reload(model, folder, args, **arguments):
+def reload(model, folder, **arguments):
     """Returns the model as `from_pretrained` loads it, which alone quantizes a model or splits its tensors."""
-    if args.process_index == 0:
+    state = PartialState()
+    if state.is_main_process:
         model.save_pretrained(folder)
-    args.distributed_state.wait_for_everyone()
+    state.wait_for_everyone()
     return type(model).from_pretrained(folder, **arguments)
 
 
-def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arguments):
-    (prompt_loss_weight, completion_loss_weight), kind, scenario_arguments, peft_config = SCENARIOS[scenario]
+def make_scenario(folder, scenario, batch_size, accumulation, callbacks=(), **arguments):
+    """Returns the trainer of a scenario."""
+    weights, kind, scenario_arguments, peft_config = SCENARIOS[scenario]
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     config = {
         "output_dir": str(folder / scenario),
-        "prompt_loss_weight": prompt_loss_weight,
-        "completion_loss_weight": completion_loss_weight,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": accumulation,
@@ -128,7 +142,6 @@ def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arg
         "max_length": None,
         "learning_rate": 1e-3,
         "logging_steps": 1,
-        "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -138,29 +151,19 @@ def make_trainer(folder, scenario, batch_size, accumulation, callbacks=(), **arg
     }
     if SEQUENCE_PARALLEL_SIZE > 1:
         config["pad_to_multiple_of"] = 36  # more than any row: gloo gathers batches of one length only
-    args = WITSFTConfig(**{**config, **scenario_arguments, **arguments})
-    model = make_model(kind)
-    base = folder / scenario / "base"
-    if TENSOR_PARALLEL_SIZE > 1:
-        model = reload(model, base, args, distributed_config=DistributedConfig(tp_size=TENSOR_PARALLEL_SIZE))
-    if kind == "quantized":
-        # Packed in the dtype of the other weights, with which FSDP2 shards them
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
-        )
-        model = reload(model, base, args, quantization_config=quantization)
     # The interpreter takes a twentieth of a second for a token
     longest = 6 if "triton" in scenario else None
     train_rows, eval_rows = (
         Dataset.from_list([{name: values[:longest] for name, values in row.items()} for row in make_rows(count)])
         for count in (40, 11)
     )
-    trainer = WITSFTTrainer(
-        model,
-        args,
-        train_dataset=train_rows,
+    trainer = make_trainer(
+        functools.partial(make_model, kind, folder / scenario / "base"),
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
+        train_rows,
+        {**config, **scenario_arguments, **arguments},
+        weights,
         eval_dataset=eval_rows,
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
         peft_config=peft_config,
         callbacks=list(callbacks),
     )
@@ -178,7 +181,7 @@ def run(folder, scenario, batch_size, accumulation):
     # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
     fsdp1 = os.environ.get("FSDP_VERSION") == "1"
     arguments = {"save_strategy": "no"} if fsdp1 or TENSOR_PARALLEL_SIZE > 1 else {}
-    trainer = make_trainer(folder, scenario, batch_size, accumulation, **arguments)
+    trainer = make_scenario(folder, scenario, batch_size, accumulation, **arguments)
     trainer.train()
     metrics = trainer.evaluate()
     rows = trainer.evaluate_rows().to_list() if scenario in ("weighted", "qlora") else []
@@ -201,7 +204,14 @@ def run(folder, scenario, batch_size, accumulation):
     write_results(trainer, folder / scenario, metrics=metrics, rows=rows, answers=written)
 
 
+def heading(name):
+    """The line of the output after which comes what a run prints."""
+    return f"===== {name} ====="
+
+
 def write_results(trainer, folder, **results):
+    """Writes what tells the test that every rank came to the end of the run."""
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         logs = [log for log in trainer.state.log_history if "loss" in log]
         (folder / "results.json").write_text(json.dumps({"logs": logs, **results}))
@@ -216,12 +226,12 @@ class Killer(TrainerCallback):
 
 
 def run_killed(folder, scenario):
-    make_trainer(folder, scenario, 2, ACCUMULATION, callbacks=[Killer()]).train()
+    make_scenario(folder, scenario, 2, ACCUMULATION, callbacks=[Killer()]).train()
 
 
 def run_killed_while_saving(folder, scenario):
     """Ends the process in the middle of the second checkpoint, after the model and the optimizer were written."""
-    trainer = make_trainer(folder, scenario, 2, ACCUMULATION)
+    trainer = make_scenario(folder, scenario, 2, ACCUMULATION)
     save_rng_state = trainer._save_rng_state
 
     def save_or_die(output_dir):
@@ -234,7 +244,7 @@ def run_killed_while_saving(folder, scenario):
 
 
 def run_resumed(folder, scenario, checkpoint=True):
-    trainer = make_trainer(folder, scenario, 2, ACCUMULATION)
+    trainer = make_scenario(folder, scenario, 2, ACCUMULATION)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{scenario}-resumed"))
     write_results(trainer, folder / f"{scenario}-resumed")
@@ -246,7 +256,7 @@ def run_resumed_from_the_first_checkpoint(folder, scenario):
 
 def run_evaluating_a_stream(folder, scenario):
     """Evaluates 11 rows as they are stored, and as a stream of two shards, whose last batches differ in size."""
-    trainer = make_trainer(folder, scenario, 2, ACCUMULATION, accelerator_config={"dispatch_batches": False})
+    trainer = make_scenario(folder, scenario, 2, ACCUMULATION, accelerator_config={"dispatch_batches": False})
     rows = Dataset.from_list(make_rows(11))
     datasets = {"stored": rows, "stream": rows.to_iterable_dataset(num_shards=2)}
     results = {name: trainer.evaluate(dataset) for name, dataset in datasets.items()}
@@ -273,6 +283,9 @@ def prepare_sequence_parallelism():
 
 
 if __name__ == "__main__":
+    # The launcher ends the peers of a rank that failed. Its own handler, which a fork inherits, would wait for gloo.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.enable()  # prints where a signal ended a process
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         from tests.distributed import fsdp_on_cpu  # noqa: F401
     if CONTEXT_PARALLEL_SIZE > 1:
@@ -288,6 +301,7 @@ if __name__ == "__main__":
         torch.distributed.init_process_group("gloo")
         ParallelismConfig._validate_accelerator = lambda self, accelerator: None  # which refuses a CPU
     for name in names:
+        print(heading(name), flush=True)
         kind, _, scenario = name.rpartition(":")
         if kind:
             RUNS[kind](Path(output), scenario)
@@ -297,7 +311,3 @@ if __name__ == "__main__":
             del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what replaced transformers' own
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # DDP keeps the threads of gloo alive beyond its process group. One that frees a tensor while the interpreter ends
-    # aborts the process, after all work is done (pytorch/pytorch#179291).
-    sys.stdout.flush()
-    os._exit(0)
