@@ -59,7 +59,7 @@ def run(folder, options, num_rows=6):
         eos_token="<eos>",
     )
     trainer = WITSFTTrainer(
-        make_model("untied"), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+        make_model("untied", folder), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )
     trainer.train()
     metrics = trainer.evaluate()
