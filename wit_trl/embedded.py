@@ -1,8 +1,8 @@
 """
-The embedded default: what a training uses without a model and data. Nothing of it is downloaded.
+The embedded default: what a training without a model and data uses. Nothing of it is downloaded.
 
-The data are the functions of Python's standard library. The tokenizer is trained on them. The model is a randomly
-initialised Llama of 2 million parameters.
+The data are the functions of Python's standard library, the tokenizer is trained on them, and the model is a Llama of 2
+million parameters, randomly initialised.
 """
 
 import ast
@@ -39,41 +39,44 @@ EMBEDDED_DEFAULTS = {
     "gradient_checkpointing": False,
 }
 
-_MAX_CHARACTERS = 400  # of the source of a function
 # Not part of the library proper: third-party code, tests and applications
 _SKIPPED = {"dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
 
 
-def load_stdlib_functions() -> DatasetDict:
+def load_stdlib_functions(max_characters: int = 400, validation_share: float = 0.1) -> DatasetDict:
     """
     Returns the functions of the running interpreter's standard library as a prompt-completion data set, with the splits
-    `"train"` and `"validation"` (10%): real text that needs no download.
+    `"train"` and `"validation"`: real text that needs no download.
 
-    The `"prompt"` asks for a function by signature and documentation, the `"completion"` is its source, of up to 400
-    characters. Every function and method with a docstring counts once. Rows and splits depend on the Python version
-    alone.
+    The `"prompt"` asks for a function by signature and documentation, the `"completion"` is its source. Every function
+    and method with a docstring counts once. Rows and splits depend on the Python version alone.
+
+    Args:
+        max_characters (`int`, *optional*, defaults to `400`):
+            Longest source to keep, in characters.
+        validation_share (`float`, *optional*, defaults to `0.1`):
+            Share of the rows in the validation split.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     pairs: dict[str, str] = {}  # by source: a function that two modules share counts once
     for path in sorted(root.rglob("*.py")):
         if _SKIPPED.isdisjoint(path.relative_to(root).parts):
-            for prompt, completion in _pairs(path.read_text(encoding="utf-8", errors="replace")):
+            for prompt, completion in _pairs(path.read_text(encoding="utf-8", errors="replace"), max_characters):
                 pairs.setdefault(completion, prompt)
     dataset = Dataset.from_dict({"prompt": list(pairs.values()), "completion": list(pairs)})
-    splits = dataset.train_test_split(test_size=0.1, seed=0)
+    splits = dataset.train_test_split(test_size=validation_share, seed=0)
     return DatasetDict(train=splits["train"], validation=splits["test"])
 
 
-def _pairs(module: str) -> Iterator[tuple[str, str]]:
+def _pairs(module: str, max_characters: int) -> Iterator[tuple[str, str]]:
     lines = module.split("\n")  # `splitlines` would also split at form feeds, which `lineno` does not count
     for node in _statements(_parse(module)):
-        if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node, clean=False):
-            continue  # so that few functions are parsed once more
-        source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) + "\n"
-        function = next(iter(_parse(source).body), None) if len(source) <= _MAX_CHARACTERS else None
-        if isinstance(function, ast.FunctionDef) and (documentation := ast.get_docstring(function)):
-            signature = f"{function.name}({ast.unparse(function.args)})"
-            yield f"Write the Python function {signature}.\n\n{documentation}\n", source
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False):  # few are parsed once more
+            source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) + "\n"
+            for function in _parse(source).body if len(source) <= max_characters else ():
+                if isinstance(function, ast.FunctionDef) and (documentation := ast.get_docstring(function)):
+                    signature = f"{function.name}({ast.unparse(function.args)})"
+                    yield f"Write the Python function {signature}.\n\n{documentation}\n", source
 
 
 def _statements(module: ast.Module) -> Iterator[ast.AST]:
