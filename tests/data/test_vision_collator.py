@@ -253,6 +253,22 @@ def test_turns_of_a_completion_that_is_tokenized_apart_are_refused(qwen):
         DataCollatorForVisionLanguageWIT(qwen)(rows)
 
 
+@pytest.mark.parametrize("kind", ["messages", "prompt_completion"])
+def test_turns_of_sharegpt_give_the_same_batch(kind, llava):
+    names = {"user": "human", "assistant": "gpt"}
+
+    def as_sharegpt(value):
+        is_turns = isinstance(value, list) and isinstance(value[0], dict)
+        return [{"from": names[turn["role"]], "value": turn["content"]} for turn in value] if is_turns else value
+
+    collator = DataCollatorForVisionLanguageWIT(llava)
+    expected = collator(examples(kind))
+    batch = collator([{key: as_sharegpt(value) for key, value in row.items()} for row in examples(kind)])
+    assert (batch["completion_mask"] == 1).any(1).all()
+    for name in ("input_ids", "completion_mask", "token_weights", "labels"):
+        assert torch.equal(batch[name], expected[name]), name
+
+
 @pytest.mark.parametrize("weight", ["0.5", -1, float("nan"), float("inf"), [1]])
 @pytest.mark.parametrize("of", ["row", "message"])
 def test_wrong_weight_is_refused(of, weight, llava):
