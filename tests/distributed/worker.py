@@ -8,6 +8,7 @@ which launcher.py does.
 
 import faulthandler
 import functools
+import importlib
 import json
 import os
 import signal
@@ -291,9 +292,8 @@ if __name__ == "__main__":
     if CONTEXT_PARALLEL_SIZE > 1:
         from tests.distributed import context_parallel_on_cpu  # noqa: F401
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # gloo as it is, which needs no minute of compiling
+        # gloo as it is, which needs no minute of compiling. The attribute `deepspeed.comm.torch` is torch itself
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     output, *names = sys.argv[1:]
     if SEQUENCE_PARALLEL_SIZE > 1:
         prepare_sequence_parallelism()
