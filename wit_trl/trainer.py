@@ -14,7 +14,8 @@ from trl import SFTTrainer
 from ._upstream import keep_gradient_of_4bit_weights
 from .config import WITSFTConfig
 from .data.collator import DataCollatorForWIT, check_weights, weight_settings
-from .data.preparation import DataPreparation, check_train_dataset
+from .data.columns import MESSAGE_COLUMNS, check_train_dataset
+from .data.preparation import DataPreparation
 from .data.training_rows import TrainingRows, check_image_rows, prepare_rows
 from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
 from .loss.lm_head import prepare_lm_head, weighted_forward
@@ -102,10 +103,10 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
                 "`compute_loss_func` is not supported: `WITSFTTrainer` computes the weighted loss. Remove it, override "
                 "`compute_loss` in a subclass, or pass it to TRL's `SFTTrainer`."
             )
-        columns = check_train_dataset(train_dataset, kwargs.get("formatting_func"))
         args = WITSFTConfig.of(args, model)
+        columns = check_train_dataset(train_dataset, kwargs.get("formatting_func"), args)
         self._assistant_only_loss = args.assistant_only_loss
-        has_messages = not {"messages", "conversations"}.isdisjoint(columns)
+        has_messages = not columns.isdisjoint(MESSAGE_COLUMNS)
         loss_type = args.loss_type
         if has_messages or loss_type != "nll":
             args = copy.copy(args)

@@ -12,48 +12,16 @@ from trl.chat_template_utils import has_generation_markers
 
 from wit_trl.conversation.chat_template import training_chat_template
 from wit_trl.conversation.messages import check_messages
+from wit_trl.conversation.rendering import logger
 from wit_trl.conversation.template_memory import TemplateMemory
 from wit_trl.conversation.turn_weights import turn_weights
-from wit_trl.conversation.turns import Conversation, logger
+from wit_trl.conversation.turns import Conversation
 
-from ..conftest import CHAT_TEMPLATES, train_tokenizer
+from .conftest import CALLS, CHAT, EMPTY, SPECIAL_TEXT, TEMPLATES, TOOLS
 
 
 pytestmark = pytest.mark.xdist_group("conversation")
-TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(CHAT_TEMPLATES.glob("*.jinja"))}
 MARKED = [name for name, template in TEMPLATES.items() if has_generation_markers(template)]
-SPECIAL = (
-    r"</?tool_call>|"
-    r"<\|[A-Za-z_/]+\|?>|<｜[^｜<>\s]+｜>|<[a-z_]+_of_[a-z_]+>|<[a-z_]+\|>|</?think>|</s>|\[/?INST\]|\[gMASK\]|<sop>"
-)
-SPECIAL_TOKENS = sorted({token for template in TEMPLATES.values() for token in re.findall(SPECIAL, template)})
-
-CHAT = [
-    {"role": "user", "content": "First question?"},
-    {"role": "assistant", "content": "First answer."},
-    {"role": "user", "content": "Second question?"},
-    {"role": "assistant", "content": "Second answer."},
-]
-EMPTY = [CHAT[0], {"role": "assistant", "content": ""}, *CHAT[2:]]
-SPECIAL_TEXT = [CHAT[0], {"role": "assistant", "content": "Ends in a token: <tool_call>"}, *CHAT[2:]]
-CALLS = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "What is 1 + 2?"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}],
-    },
-    {"role": "tool", "name": "add", "content": "3"},
-    {"role": "assistant", "content": "It is 3."},
-]
-PARAMETERS = {
-    "type": "object",
-    "properties": {"a": {"type": "integer", "description": "A summand."}},
-    "required": ["a"],
-}
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": PARAMETERS}}]
-
 # What TRL's marks include of the header that the generation prompt gives, so that the model never writes it
 HEADER_IN_MARKS = {
     "deepseek_r1_distill_training": "<｜Assistant｜>",
@@ -90,36 +58,6 @@ AROUND = {
 TWINS = [name for name in TEMPLATES if f"{name}_training" in TEMPLATES]
 # They drop the thinking of earlier turns, or add an empty one to the last
 REWRITING = ["qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    return train_tokenizer([], vocab_size=300)
-
-
-@pytest.fixture
-def template_tokenizer(byte_tokenizer):
-    """A tokenizer that knows the special tokens of all templates."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=byte_tokenizer,
-        eos_token="<eos>",
-        bos_token="<bos>",
-        additional_special_tokens=SPECIAL_TOKENS,
-    )
-
-
-@pytest.fixture
-def render(template_tokenizer):
-    """A function that renders a conversation with a template of TRL's."""
-
-    def make(name, messages, **row):
-        if "gptoss" in name:
-            template_tokenizer.eos_token = "<|return|>"
-        if re.search("vl|idefics|llava", name):
-            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        return Conversation(messages, template_tokenizer, TEMPLATES[name], row)
-
-    return make
 
 
 def weights_of(conversation):
@@ -345,7 +283,7 @@ def test_template_that_drops_a_turn_is_refused(template_tokenizer):
     with pytest.raises(ValueError, match=r"leaves out turn 0 \(system\), which ends in 'Be kind\.'"):
         Conversation([CALLS[0], *CHAT], template_tokenizer, MISTRAL, {})
     # What does not end in the text that is dropped
-    keeping = MISTRAL.replace("[/INST]", "[/INST]{{ '' if loop.last else ' Be kind.' }}")
+    keeping = MISTRAL.replace("[/INST]", "[/INST]{{ '' if loop.last else ' ' ~ system }}")
     conversation = Conversation([CALLS[0], *CHAT], template_tokenizer, keeping, {})
     with pytest.raises(ValueError, match=r"renders turn 1 \(user\) differently when other turns follow"):
         conversation.assistant_masks(conversation.tokenize()["input_ids"])

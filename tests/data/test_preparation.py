@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT
-from wit_trl.conversation.turns import Conversation
+from wit_trl.conversation.rendering import RenderedConversation
 from wit_trl.weights import token_weights
 
 from ..conftest import CHAT_TEMPLATES
@@ -229,7 +230,7 @@ def test_wrong_tokens_are_refused_by_row(wrong, message, make_model, tokenizer, 
 
 
 def test_prompt_that_the_template_renders_otherwise_is_refused(make_model, tokenizer, config_kwargs):
-    tokenizer.chat_template = MISTRAL.replace("[/INST]", "[/INST]{{ '' if loop.last else ' Be kind.' }}")
+    tokenizer.chat_template = MISTRAL.replace("[/INST]", "[/INST]{{ '' if loop.last else ' ' ~ system }}")
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Sum?"}]
     rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "It is 3."}]}]
     with pytest.raises(ValueError, match=r"^Row 0 of the train dataset: .* renders turn 1 \(user\) differently"):
@@ -249,11 +250,11 @@ def test_message_weights_with_the_template_of_assistant_only_loss(make_model, to
 
 
 def test_other_tokens_than_those_of_the_own_template_are_told(messages, make_model, tokenizer, config_kwargs, caplog):
-    inspect.getmodule(Conversation).logger.warning_once.cache_clear()
+    inspect.getmodule(RenderedConversation).logger.warning_once.cache_clear()
     make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
     assert "rendered with TRL's training version of the chat template" in caplog.text
     caplog.clear()
-    inspect.getmodule(Conversation).logger.warning_once.cache_clear()
+    inspect.getmodule(RenderedConversation).logger.warning_once.cache_clear()
     tokenizer.chat_template = PLAIN_TEMPLATE
     make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
     assert "training version" not in caplog.text
@@ -367,7 +368,7 @@ def test_rows_without_weight_left_are_dropped(make_model, tokenizer, config_kwar
 def test_conversations_on_a_template_that_trl_refuses(messages, make_model, tokenizer, config_kwargs):
     tokenizer.chat_template = PLAIN_TEMPLATE
     config_kwargs |= {"max_length": None, "assistant_only_loss": True}
-    trainer = make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
+    trainer = make_trainer(make_model, tokenizer, None, config_kwargs, weights=(0, 1), train_dataset=messages)
     expected = [
         "".join(f"{m['content']}<|eot_id|>\n" for m in row["messages"] if m["role"] == "assistant") for row in messages
     ]
@@ -455,7 +456,7 @@ def test_assistant_only_loss_holds_for_an_evaluation_set_of_pairs(name, messages
     pairs = Dataset.from_list([{"prompt": turns[:1], "completion": [turns[1], *turns]}])
     config_kwargs |= {"assistant_only_loss": True, "max_length": None}
     trainer = make_trainer(
-        make_model, tokenizer, None, config_kwargs, train_dataset=messages, eval_dataset={name: pairs}
+        make_model, tokenizer, None, config_kwargs, (0, 1), train_dataset=messages, eval_dataset={name: pairs}
     )
     expected = "It is 3.<|eot_id|>" * 2  # without the question in between
     assert completions(trainer, tokenizer, trainer.eval_dataset[name]) == [expected]
@@ -515,3 +516,134 @@ def test_stream_without_end_is_not_read_to_its_end(weights, make_model, tokenize
     )
     trainer = make_trainer(make_model, tokenizer, None, config_kwargs, weights, train_dataset=stream)
     assert 1 in next(iter(trainer.train_dataset.skip(1200 if weights[0] else 0)))["completion_mask"]
+
+
+SAID = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "ok"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "BE KIND", "messages": SAID},
+        {"system": "BE KIND", "conversations": [{"from": "human", "value": "go"}, {"from": "gpt", "value": "ok"}]},
+        {"system": "BE KIND", "prompt": SAID[:1], "completion": SAID[1:]},
+    ],
+    ids=["messages", "sharegpt", "pair"],
+)
+def test_system_column_is_the_first_turn(row, make_model, tokenizer, config_kwargs):
+    tokenizer.chat_template = (CHAT_TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8")
+    config_kwargs |= {"max_length": None}
+    (prepared,) = make_trainer(make_model, tokenizer, [row], config_kwargs).train_dataset
+    system = {"role": "system", "content": "BE KIND"}
+    turns = {"messages": [system, *SAID]}
+    if "prompt" in row:
+        turns = {"prompt": [system, SAID[0]], "completion": SAID[1:]}
+    (expected,) = make_trainer(make_model, tokenizer, [turns], config_kwargs).train_dataset
+    for name in ("input_ids", "completion_mask", "token_weights"):
+        assert prepared[name] == expected[name]
+    (plain,) = make_trainer(make_model, tokenizer, [{**row, "system": None}], config_kwargs).train_dataset
+    assert plain["input_ids"] != prepared["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (
+            {"system": "B", "messages": [{"role": "system", "content": "A"}, *SAID]},
+            "`messages` has a turn of the system",
+        ),
+        ({"system": ["B"], "messages": SAID}, r"`system` must be a text, but is \['B'\]"),
+        ({"messages": [SAID[0], {**SAID[1], "loss": 0}]}, r"turn 1 of `messages` \(assistant\) has \['loss'\]"),
+        (
+            {"messages": [{**SAID[0], "trainable": False}, SAID[1]]},
+            r"turn 0 of `messages` \(user\) has \['trainable'\]",
+        ),
+        (
+            {"prompt": SAID[:1], "completion": [{**SAID[1], "loss_mask": 1}]},
+            r"turn 0 of `completion` .* \['loss_mask'\]",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "train": False}]},
+            r"turn 1 of `conversations` \(gpt\) has \['train'\], by which other libraries .* Rename it to `weight`",
+        ),
+    ],
+)
+def test_system_twice_and_keys_of_other_libraries_are_refused(row, error, make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match=f"^Row 0 of the train dataset: {error}"):
+        make_trainer(make_model, tokenizer, [row], config_kwargs)
+
+
+@pytest.mark.parametrize(
+    ("row", "ignored"),
+    [
+        ({"messages": SAID, "history": [["a", "b"]]}, r"\['history'\]"),
+        ({"prompt": "a", "completion": " b", "system": "c", "tools": "[]"}, r"\['system', 'tools'\]"),
+    ],
+)
+def test_columns_of_other_formats_that_are_ignored_are_named(
+    row, ignored, make_model, tokenizer, config_kwargs, caplog
+):
+    make_trainer(make_model, tokenizer, [row], config_kwargs)
+    assert re.search(f"The train dataset has {ignored}, which is ignored", caplog.text)
+
+
+def test_null_arguments_that_arrow_adds_are_left_out_and_told(make_model, tokenizer, config_kwargs, caplog):
+    tokenizer.chat_template = (CHAT_TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
+    config_kwargs |= {"max_length": None}
+    rows = []
+    for arguments in ({"x": 1}, {"text": "hi"}):
+        call = {"type": "function", "function": {"name": "f0", "arguments": arguments}}
+        rows.append({"messages": [SAID[0], {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    assert Dataset.from_list(rows)[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "text": None}
+    prepared = make_trainer(make_model, tokenizer, rows, config_kwargs).train_dataset
+    assert "Row 0 of the train dataset: in turn 1 of `messages`, the argument `text` of the call of `f0`" in caplog.text
+    texts = [tokenizer.decode(row["input_ids"]) for row in prepared]
+    assert '"arguments": {"x": 1}}' in texts[0]
+    assert '"arguments": {"text": "hi"}}' in texts[1]
+
+
+@pytest.mark.parametrize("as_turns", [False, True])
+def test_assistant_only_loss_with_a_weight_on_prompts_is_refused(as_turns, make_model, tokenizer, config_kwargs):
+    turns = [{"from": "human", "value": "go"}, {"from": "gpt", "value": "ok"}]
+    rows = [{"conversations": turns} if as_turns else {"messages": SAID}]
+    config_kwargs |= {"assistant_only_loss": True}
+    with pytest.raises(ValueError, match=r"`assistant_only_loss=True` contradicts `prompt_loss_weight=0\.2`"):
+        make_trainer(make_model, tokenizer, rows, config_kwargs)
+    make_trainer(make_model, tokenizer, rows, config_kwargs, weights=(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
+@pytest.mark.parametrize("max_length", [-1, 0])
+def test_length_that_is_none_is_refused(max_length, prompt_completion, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"max_length": max_length, "truncation_mode": "keep_end"}
+    with pytest.raises(ValueError, match=f"`max_length` is {max_length}, but must be a number of tokens, or None"):
+        make_trainer(make_model, tokenizer, prompt_completion, config_kwargs)
+
+
+PADDED = {
+    "input_ids": [0, 0, 0, 5, 9, 17, 2, 0],
+    "attention_mask": [0, 0, 0, 1, 1, 1, 1, 0],
+    "completion_mask": [0, 0, 0, 0, 1, 1, 1, 0],
+}
+TEXT = {name: values[3:7] for name, values in PADDED.items()}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_padding_of_tokenized_rows_is_no_text(skip, make_model, tokenizer, config_kwargs):
+    config_kwargs |= {"dataset_kwargs": {"skip_prepare_dataset": skip}, "per_device_train_batch_size": 1}
+    batches, losses = [], []
+    for row in (PADDED, TEXT):
+        trainer = make_trainer(make_model, tokenizer, [row], config_kwargs, weights=(1, 1))
+        batches.append(next(iter(trainer.get_train_dataloader())))
+        losses.append(trainer.evaluate(eval_dataset=trainer.train_dataset)["eval_loss"])
+    assert batches[0].keys() == batches[1].keys()
+    assert all(batches[0][name].tolist() == batches[1][name].tolist() for name in batches[0])
+    logits = make_model()(torch.tensor([TEXT["input_ids"]])).logits[0].double()
+    expected = [-logits[i].log_softmax(-1)[token].item() for i, token in enumerate(TEXT["input_ids"][1:])]
+    assert losses[0] == losses[1] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 0, 0], [1, 0, 1, 1]])
+def test_mask_that_leaves_out_tokens_of_the_text_is_refused(mask, make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match=r"^Row 0 of the train dataset: `attention_mask` must be 1 for the tokens"):
+        make_trainer(make_model, tokenizer, [{**TEXT, "attention_mask": mask}], config_kwargs)

@@ -83,7 +83,7 @@ def test_counts_equal_plain_loops(arguments, weights, rows, trainer_on):
     truncated = lost = with_target = 0
     limit = arguments["max_length"] or 10**9
     for row in rows:
-        regions = [m if a else -100 for m, a in zip(row["completion_mask"], row["attention_mask"], strict=True)]
+        regions = [m for m, a in zip(row["completion_mask"], row["attention_mask"], strict=True) if a]  # no padding
         kept = regions
         if arguments.get("packing_strategy") is None and len(regions) > limit:
             truncated += 1
@@ -310,7 +310,7 @@ def test_region_of_hardly_any_weight_is_told(weights, told, rows, trainer_on, ca
 def test_start_says_what_compares_and_what_messages_were(messages, prompt_completion, trainer_on, capsys):
     for dataset, arguments, told in (
         (messages, {}, True),
-        (messages, {"assistant_only_loss": True}, False),
+        (messages, {"assistant_only_loss": True, "prompt_loss_weight": 0}, False),
         (messages, {"prompt_loss_weight": 1, "completion_loss_weight": 1}, False),
         (prompt_completion, {}, False),
     ):

@@ -1,5 +1,8 @@
 """Which chat template conversations are rendered with, and the tokenizer of a processor."""
 
+from pathlib import Path
+
+import trl
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl.chat_template_utils import (
@@ -10,6 +13,12 @@ from trl.chat_template_utils import (
 
 
 logger = logging.get_logger(__name__)
+
+_OF_TRL = Path(trl.__file__).parent / "chat_templates"
+TOOLS_REMEDY = (
+    "Choose a template that supports tools: set `chat_template_path` to a model that has one, or to a file such as "
+    f"llama3_1.jinja, qwen2_5.jinja or glm4moe.jinja of those that TRL brings (in {_OF_TRL})"
+)
 
 
 def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:

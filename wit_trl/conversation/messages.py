@@ -4,13 +4,17 @@ import copy
 from typing import Any
 
 from trl.data_utils import maybe_convert_to_chatml
+from trl.trainer.utils import remove_none_values
 
 from ..weights import check_weight
 
 
 Messages = list[dict[str, Any]]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-THINKING = ("reasoning_content", "thinking")  # of an assistant, before its answer
+THINKING = ("reasoning_content", "reasoning", "thinking")  # of an assistant, before its answer
+# By which other libraries leave a message out of the loss
+_LOSS_KEYS = {"loss", "loss_mask", "loss_scale", "mask", "masked", "train", "train_detail", "trainable"}
+_LOSS_KEYS |= {"training", "training_detail"}
 
 
 def read_messages(row: dict[str, Any], column: str) -> Messages:
@@ -22,11 +26,35 @@ def read_messages(row: dict[str, Any], column: str) -> Messages:
     """
     turns = row.get(column)
     has_turns = isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
-    if not has_turns and column != "conversations":
-        return check_messages(turns, column)
-    converted = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
-    messages = check_messages(converted, column)
-    return [{**m, "role": SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]
+    if has_turns or column == "conversations":
+        turns = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
+    messages = [_without_nulls(message) for message in check_messages(turns, column)]
+    if has_turns or column == "conversations":
+        messages = [{**m, "role": SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]
+    return messages if column == "completion" else _with_system(row.get("system"), messages, column)
+
+
+def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """
+    Returns a message without what is null in it, at any depth. Arrow adds a null for each key that only other rows
+    have. A template would write it.
+    """
+    cleaned = remove_none_values(message)
+    if not cleaned.get("tool_calls", True):  # an empty list, of which some templates write a header
+        del cleaned["tool_calls"]
+    return {**cleaned, "content": message["content"]} if message.get("content", "") is None else cleaned
+
+
+def _with_system(system: Any, messages: Messages, column: str) -> Messages:
+    """Returns messages that begin with the turn of a `system` column, if a row has one."""
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise ValueError(f"`system` must be a text, but is {system!r}. Make it one, or remove the column.")
+    if messages[0]["role"] in ("system", "developer"):
+        raise ValueError(f"`{column}` has a turn of the system, and the row has a `system` column. Remove one of them.")
+    check_unicode(system, "`system`")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def check_messages(messages: Any, column: str) -> Messages:
@@ -58,6 +86,11 @@ def check_messages(messages: Any, column: str) -> Messages:
                 )
         for text in message_texts(message):
             check_unicode(text, f"turn {turn} of `{column}` ({message['role']})")
+        if found := sorted(key for key in _LOSS_KEYS & message.keys() if message[key] is not None):
+            raise ValueError(
+                f"turn {turn} of `{column}` ({message['role']}) has {found}, by which other libraries leave a turn out "
+                "of the loss. It has no effect here. Rename it to `weight`: 0 leaves a turn out, 1 trains it."
+            )
         check_weight(message.get("weight"), f"the `weight` of turn {turn} of `{column}`")
     return messages
 

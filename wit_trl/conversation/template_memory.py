@@ -1,6 +1,6 @@
 """What conversations with the same chat template have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -20,6 +20,15 @@ class Turn:
     ends_in_next: bool | None = None  # whether the turn before ends in the token that follows it
 
 
+@dataclass
+class Known:
+    """What is known of a template with the same arguments."""
+
+    spans: ContentSpans = field(default_factory=ContentSpans)
+    turns: dict[tuple, Turn] = field(default_factory=dict)
+    complete: set[tuple] = field(default_factory=set)  # kinds of parts of messages that it does not leave out
+
+
 class TemplateMemory:
     """
     Remembers what a template writes around contents, how it separates turns, and how that is tokenized. It is found in
@@ -28,12 +37,12 @@ class TemplateMemory:
 
     def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin):
         self.tokens = Tokens(tokenizer_of(processing_class))
-        self._parts: dict[str, tuple[ContentSpans, dict[tuple, Turn]]] = {}
+        self._known: dict[str, Known] = {}
 
-    def part(self, template_kwargs: dict[str, Any]) -> tuple[ContentSpans, dict[tuple, Turn]]:
-        """Returns what is remembered of conversations with these arguments of the template."""
+    def of(self, template_kwargs: dict[str, Any]) -> Known:
+        """Returns what is known from conversations with these arguments of the template."""
         key = repr({**template_kwargs, "tools": bool(template_kwargs["tools"])})
-        return self._parts.setdefault(key, (ContentSpans(), {}))
+        return self._known.setdefault(key, Known())
 
 
 def kind_of(message: dict[str, Any]) -> tuple:

@@ -1,106 +1,33 @@
 """
 Which tokens of a rendered conversation belong to which turn.
 
-1. The whole conversation is rendered, and nothing of it may be left out.
-2. `ContentSpans` finds the characters of each content, from what is remembered of the template, else by probes.
-3. Where a turn starts follows from what the template writes before it, else from the rendering of the turns before.
-4. `TokenPositions` tells the token of a character.
+1. Where a turn starts follows from what the template writes before it, else from the rendering of the turns before.
+2. `TokenPositions` tells the token of a character.
 """
 
-import functools
-import itertools
-import json
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import logging
+from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from .._upstream import common_prefix_length, tokenize_messages
+from .._upstream import common_prefix_length
 from .content_spans import Span
-from .messages import THINKING, Messages, message_texts, missing_end
-from .template_memory import TemplateMemory, Turn, kind_of
+from .rendering import RenderedConversation
+from .template_memory import Turn
 from .token_positions import TokenPositions
 
-
-logger = logging.get_logger(__name__)
 
 _PROBE = "\ue000"  # of private use, so that no text has it
 
 
-class Conversation:
+class Conversation(RenderedConversation):
     """
     A conversation as the chat template renders it, and what each turn adds to it.
 
     Where a template does not mark the assistant's turns, they are found by rendering: a turn is what it adds to the
     rendering of the conversation before it, and the assistant's answer begins after the generation prompt. With a
     `memory` a template needs that once for each two roles that follow each other.
-
-    Args:
-        messages (`list[dict]`):
-            The turns.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            What renders and tokenizes them.
-        chat_template (`str`, *optional*):
-            The template to render with. Defaults to the own one.
-        row (`dict`):
-            Row of the data set. Its `"tools"` (a list or JSON) and `"chat_template_kwargs"` go to the template.
-        memory ([`TemplateMemory`], *optional*):
-            What other conversations told of the template.
-
-    Raises:
-        `ValueError`: the template cannot render the conversation, or leaves out a part of it.
     """
-
-    def __init__(
-        self,
-        messages: Messages,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        chat_template: str | None,
-        row: dict[str, Any],
-        memory: TemplateMemory | None = None,
-    ):
-        self.messages = messages
-        self._processing_class = processing_class
-        tools, template_kwargs = row.get("tools"), row.get("chat_template_kwargs")
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`tools` is a text, but not JSON: {error}") from error
-        if not isinstance(template_kwargs, dict | None):
-            raise ValueError(f"`chat_template_kwargs` must be a dict, but is {template_kwargs!r}.")
-        self.template_kwargs = {"chat_template": chat_template, "tools": tools, **(template_kwargs or {})}
-        self.text = self.render(messages)
-        self._memory = memory = memory or TemplateMemory(processing_class)
-        self._tokens = memory.tokens
-        self._content_spans, self._turns = memory.part(self.template_kwargs)
-        self._kinds = [kind_of(message) for message in messages]
-        # The characters of each content; `None` where the template changes what messages say
-        self.spans = self._content_spans.find(self.text, messages, self._kinds)
-        self._check_nothing_is_left_out()
-
-    def render(self, messages: Messages, **kwargs: Any) -> str:
-        """Returns the text of some of the turns. Raises `ValueError` if the template does."""
-        if isinstance(self._processing_class, ProcessorMixin):
-            messages = prepare_multimodal_messages(messages)
-        try:
-            return self._processing_class.apply_chat_template(
-                messages, **{**self.template_kwargs, "tokenize": False, **kwargs}
-            )
-        except Exception as error:  # whatever a template raises
-            what = "this conversation" if len(messages) == len(self.messages) else f"its first {len(messages)} turns"
-            remedy = ""
-            if any("content" not in message for message in messages):
-                remedy = (
-                    ". Choose a template that supports tools (`chat_template_path`), or give each message that has "
-                    "only `tool_calls` an empty `content`"
-                )
-            raise ValueError(f"the chat template cannot render {what}: {error}{remedy}") from error
-
-    def tokenize(self, **kwargs: Any) -> dict[str, list[int]]:
-        """Returns `"input_ids"` and, with `return_assistant_tokens_mask=True`, the template's `"assistant_masks"`."""
-        return tokenize_messages(self._processing_class, self.messages, **{**self.template_kwargs, **kwargs})
 
     def assistant_masks(self, input_ids: list[int], only_last: bool = False) -> list[int]:
         """
@@ -114,70 +41,10 @@ class Conversation:
             masks[start:end] = [1] * (end - start)
         return masks
 
-    def _check_nothing_is_left_out(self) -> None:
-        """A template may print nothing of what it does not know, and Python's form of a list, without an error."""
-        if self.spans is None:
-            self._probe_contents()
-        for turn, message in enumerate(self.messages):
-            thinking = [text for key in THINKING if isinstance(text := message.get(key), str)]
-            if turn == len(self.messages) - 1 and missing_end(thinking, self.text) is not None:
-                logger.warning_once(
-                    "The chat template leaves out what an assistant thinks before its last answer: it is not trained."
-                )
-            if thinking and not any(message_texts(message)):
-                self._check_is_rendered(turn, thinking)
-        without_calls = [
-            {**message, "tool_calls": None, "content": message.get("content") or ""} for message in self.messages
-        ]
-        if any(message.get("tool_calls") for message in self.messages) and self._renders_the_same(without_calls):
-            raise ValueError(
-                "the chat template leaves out the tool calls of the assistant. Choose a template that supports tools "
-                "(`chat_template_path`), or remove such rows."
-            )
-        if self.template_kwargs["tools"] and self._renders_the_same(self.messages, tools=None):
-            raise ValueError(
-                "the chat template leaves out the `tools`. Choose a template that supports tools "
-                "(`chat_template_path`), or remove the column."
-            )
-
-    def _probe_contents(self) -> None:
-        try:
-            self.spans, missing, written = self._content_spans.probe(self.text, self.messages, self.render)
-        except ValueError:  # it takes no such content
-            missing, written = {*range(len(self.messages))}, []
-        for turn in sorted(missing):
-            self._check_is_rendered(turn, message_texts(self.messages[turn]))
-        in_parts = any(isinstance(message.get("content"), list) for message in self.messages)
-        in_parts = in_parts or isinstance(self._processing_class, ProcessorMixin)  # for which `render` makes parts
-        if in_parts and any(before.endswith(("'text': '", '"text": "')) for before in written):
-            raise ValueError(
-                "the chat template prints a `content` of several parts as it stands. Make every `content` a text, or "
-                "choose another template (`chat_template_path`)."
-            )
-        if self.spans is not None:
-            self._content_spans.remember(self.messages, self._kinds, written)
-
-    def _check_is_rendered(self, turn: int, texts: list[str]) -> None:
-        message = self.messages[turn]
-        left_out = missing_end(texts, self.text)
-        # Some templates (gpt-oss) leave out what is said beside a tool call
-        if left_out is not None and not message.get("tool_calls"):
-            raise ValueError(
-                f"the chat template leaves out turn {turn} ({message['role']}), which ends in {left_out!r}. Choose "
-                "a template that renders all of the conversation (`chat_template_path`), name the role as the "
-                "template does, or take the turn out of the data."
-            )
-
     def without_tools(self) -> "Conversation":
         """Returns the conversation as it is rendered without `tools`."""
         row = {"chat_template_kwargs": {**self.template_kwargs, "tools": None}}
         return Conversation(self.messages, self._processing_class, None, row, self._memory)
-
-    def _renders_the_same(self, messages: Messages, **kwargs: Any) -> bool:
-        try:
-            return self.render(messages, **kwargs) == self.text
-        except ValueError:  # it misses something
-            return False
 
     def render_prompt(self, number_of_turns: int) -> str:
         """
@@ -203,7 +70,7 @@ class Conversation:
             return Turn()
         is_last = turn == len(self.messages) - 1
         key = (*self._kinds[max(turn - 1, 0) : turn + 1], turn < 2, is_last, *self._around[turn])
-        return self._turns.setdefault(key, Turn())
+        return self._known.turns.setdefault(key, Turn())
 
     def start_of_turn(self, turn: int) -> int:
         """Returns its first character. Raises `ValueError` as `text_before` does."""
@@ -300,16 +167,3 @@ class Conversation:
             kwargs["add_special_tokens"] = False
         input_ids = self._processing_class(text=[text], images=[images] if images else None, **kwargs)["input_ids"]
         return [int(token) for token in input_ids[0]]
-
-    @functools.cached_property
-    def _around(self) -> list[tuple[frozenset, frozenset]]:
-        """
-        The kinds of the messages before each turn and from it on. Templates of thinking models drop what was thought
-        before the last question.
-        """
-        none: frozenset[tuple] = frozenset()
-        before, after = (
-            [*itertools.accumulate(kinds, lambda known, kind: known | {kind}, initial=none)]
-            for kinds in (self._kinds, self._kinds[::-1])
-        )
-        return [*zip(before[:-1], after[:0:-1], strict=True)]

@@ -8,6 +8,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..config import STRUCTURE_SETTINGS, WEIGHT_SETTINGS, WITSFTConfig
 from ..weights import StructureWeights, set_targets, token_regions, token_weights
+from .prepared_rows import text_of
 
 
 @dataclass
@@ -76,14 +77,19 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
         if "seq_lengths" in examples[0] and not self.padding_free:
             # TRL's class has the field, which mypy does not see
             return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
-        # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
-        batch = super().torch_call([{**example, "labels": token_regions(example)} for example in examples])
+        rows, weights = [], []
+        for example in examples:
+            regions, text = token_regions(example), text_of(example)
+            # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
+            rows.append({**example, "input_ids": example["input_ids"][text], "labels": regions[text]})
+            weights.append(token_weights(example)[text])
+        batch = super().torch_call(rows)
         region = batch["labels"]
         region[:, 0] = -100
         data_weights = torch.ones_like(region, dtype=torch.float32)
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        lengths = torch.tensor([*map(len, weights)])
         in_rows = torch.arange(region.size(1)) < (lengths.sum() if self.padding_free else lengths[:, None])
-        data_weights[in_rows.expand_as(region)] = torch.cat([token_weights(example) for example in examples])
+        data_weights[in_rows.expand_as(region)] = torch.cat(weights)
         set_targets(batch, region, data_weights, (self.prompt_loss_weight, self.completion_loss_weight))
         if self.padding_free:
             batch["example_lengths"] = lengths

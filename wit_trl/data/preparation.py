@@ -21,8 +21,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import global_then_local_main_first
-from ..config import DATASET_COLUMNS, WITSFTConfig
-from ..conversation.messages import SHAREGPT_ROLES
+from ..config import WITSFTConfig
 from ..weights import (
     MASK_COLUMNS,
     NO_CONVERSATION_MESSAGE,
@@ -32,7 +31,8 @@ from ..weights import (
     token_regions,
     token_weights,
 )
-from .prepared_rows import LENGTH_COLUMNS, prepared_row
+from .columns import warn_of_ignored_columns, warn_of_nulls, warn_of_unused_roles
+from .prepared_rows import LENGTH_COLUMNS, prepared_row, text_of
 from .schemas import remedy_for
 from .tokenization import Row, RowTokenizer, row_tokenizer
 
@@ -44,32 +44,9 @@ RowFunction = Callable[[list[Row]], list[Row]]
 # Columns that belong to tokens, and mean nothing in a row that has none yet
 _COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths"}
 _BATCH_SIZE = 100  # rows that are tokenized together
-_ROWS_WITH_ROLES = 1000  # in which a role that has a weight is looked for
 _PACKAGE = Path(__file__).parents[1]
 # The code that decides about tokens, regions and data weights: these modules, and all in these folders
 _SOURCES = ("_upstream.py", "conversation", "data", "weights.py")
-
-
-def check_train_dataset(dataset: Any, formatting_func: Callable | None) -> set[str]:
-    """
-    Returns the columns of a training set.
-
-    Raises:
-        `ValueError`: it is empty, or TRL would ignore the `formatting_func`.
-    """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        return set()  # TRL refuses it
-    columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set(next(iter(dataset), ()))
-    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError("`train_dataset` is empty. Check the file, the split and any filter it comes from.")
-    untokenized = columns & {name for names in DATASET_COLUMNS[1:] for name in names}
-    if formatting_func and untokenized:
-        raise ValueError(
-            f"`formatting_func` makes plain text, but TRL reads the columns {sorted(untokenized)} instead "
-            "of it. Drop `formatting_func` (the chat template does its work), or rename these columns to train on the "
-            "text, in which every token is completion."
-        )
-    return columns
 
 
 @dataclass(frozen=True)
@@ -122,8 +99,10 @@ class DataPreparation:
                 f"{remedy_for(columns)} `wit_trl.to_trl_format` converts Alpaca, Dolly and WIT data, and "
                 "`formatting_func` makes text of any columns."
             )
-        self.check_structure_weights(dataset, tokenizer.columns if tokenizer.of_messages else ())
-        self._warn_of_ignored_weights(columns)
+        conversations = tokenizer.columns if tokenizer.of_messages else ()
+        self.check_structure_weights(dataset, conversations)
+        warn_of_ignored_columns(columns, tokenizer.columns, tokenizer.of_messages, self.dataset_name)
+        warn_of_nulls(dataset, conversations, self.dataset_name)
         function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
         unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
         return self.map_rows(dataset, function, "Tokenizing", unused)
@@ -144,7 +123,7 @@ class DataPreparation:
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
         """
         self.check_structure_weights(dataset)
-        self._warn_of_ignored_weights({*example})
+        warn_of_ignored_columns({*example}, (), False, self.dataset_name)
         if {*MASK_COLUMNS}.isdisjoint(example):
             logger.warning_once(
                 "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
@@ -159,32 +138,15 @@ class DataPreparation:
         structure = self.args.structure_weights
         if structure != StructureWeights() and not columns:
             raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
-        if not structure.role_loss_weights or isinstance(dataset, IterableDataset):
-            return
-        roles = {"tools"}
-        for row in dataset.select_columns([*columns]).take(min(_ROWS_WITH_ROLES, len(dataset))):
-            turns = [turn for name in columns if isinstance(row[name], list) for turn in row[name]]
-            found = {turn.get("role") or turn.get("from", "") for turn in turns if isinstance(turn, dict)}
-            roles |= {SHAREGPT_ROLES.get(role, role) for role in found}
-        if unused := structure.role_loss_weights.keys() - roles:
-            logger.warning(
-                f"`role_loss_weights` names {sorted(unused)}, but the first {_ROWS_WITH_ROLES:,} rows of the "
-                f"{self.dataset_name} dataset have only {sorted(filter(None, roles - {'tools'}))}."
-            )
-
-    def _warn_of_ignored_weights(self, columns: set[str]) -> None:
-        known = ("weight", "token_weights")
-        if ignored := sorted(name for name in columns if "weight" in name.lower() and name not in known):
-            logger.warning(
-                f"The {self.dataset_name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number "
-                "for the row, or to `token_weights`, one for each token of `input_ids`."
-            )
+        warn_of_unused_roles(dataset, columns, structure.role_loss_weights, self.dataset_name)
 
     def _kept(self) -> slice:
         """The part of a row that is kept."""
         args = self.args
         if self.packing and args.max_length is None:
             raise ValueError("Packing needs a `max_length`, the length of a packed row.")
+        if args.max_length is not None and args.max_length < 1:
+            raise ValueError(f"`max_length` is {args.max_length}, but must be a number of tokens, or None for all.")
         windows = {"keep_start": slice(args.max_length), "keep_end": slice(-(args.max_length or 0), None)}
         if args.truncation_mode not in windows:
             raise ValueError(f"`truncation_mode` is {args.truncation_mode!r}, but must be one of {list(windows)}.")
@@ -282,4 +244,9 @@ def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -
 
 def _weigh_tokens(rows: list[Row], kept: slice) -> list[Row]:
     """Returns tokenized rows as they are trained on."""
-    return [prepared_row(row["input_ids"], token_regions(row), token_weights(row).numpy(), kept) for row in rows]
+    made = []
+    for row in rows:
+        regions, weights = token_regions(row), token_weights(row).numpy()
+        text = text_of(row)
+        made.append(prepared_row(row["input_ids"][text], regions[text], weights[text], kept))
+    return made

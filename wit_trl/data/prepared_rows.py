@@ -32,6 +32,26 @@ class RowLengths:
 LENGTH_COLUMNS = tuple(RowLengths.__dataclass_fields__)
 
 
+def text_of(example: dict[str, Any]) -> slice:
+    """
+    Returns what of a tokenized example its `"attention_mask"` keeps: all but the padding before and after the text.
+    Padding on the left would be attended, and its last token would predict the first of the text.
+
+    Raises:
+        `ValueError`: the mask keeps no token, or leaves one out between others.
+    """
+    mask = np.asarray(example.get("attention_mask", 1))
+    if mask.all():
+        return slice(None)
+    positions = np.flatnonzero(mask)
+    if len(positions) == 0 or len(positions) != positions[-1] + 1 - positions[0]:
+        raise ValueError(
+            "`attention_mask` must be 1 for the tokens of the text, which follow each other, and 0 for padding before "
+            f"and after them, but is {mask.tolist()}. Remove the row, or the tokens that it leaves out."
+        )
+    return slice(positions[0], positions[-1] + 1)
+
+
 def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, kept: slice) -> dict[str, Any]:
     """
     Returns a row as it is trained on: the kept part of its tokens, of their regions and of their data weights; its

@@ -109,7 +109,7 @@ class RowTokenizer:
         return Conversation(messages, self.processing_class, template, row, self._memory)
 
     def _tokenize_pairs(self, rows: list[Row]) -> list[TokenizedRow]:
-        conversations, prompts, texts = [], [], []
+        conversations, prompt_turns, texts = [], [], []
         for row in rows:
             prompt, completion = (read_messages(row, name) for name in self.columns)
             check_answer(completion, "completion")
@@ -117,26 +117,28 @@ class RowTokenizer:
                 prompt + completion, self.processing_class, self.chat_template, row, self._memory
             )
             conversations.append(conversation)
-            prompts.append(prompt)
+            prompt_turns.append(len(prompt))
             texts.append(conversation.render_prompt(len(prompt)))
         if self._tokenizes_what_is_rendered(conversations):
             prompt_ids = self._encode(texts, add_special_tokens=False)
         else:
             prompt_ids = [
                 tokenize_messages(
-                    self.processing_class, prompt, **{**conversation.template_kwargs, "add_generation_prompt": True}
+                    self.processing_class,
+                    conversation.messages[:turns],
+                    **{**conversation.template_kwargs, "add_generation_prompt": True},
                 )["input_ids"]
-                for conversation, prompt in zip(conversations, prompts, strict=True)
+                for conversation, turns in zip(conversations, prompt_turns, strict=True)
             ]
         tokenized = []
         whole = self._encode_conversations(conversations, self.assistant_only)
-        for conversation, prompt, of_prompt, tokens in zip(conversations, prompts, prompt_ids, whole, strict=True):
+        for conversation, turns, of_prompt, tokens in zip(conversations, prompt_turns, prompt_ids, whole, strict=True):
             input_ids = tokens["input_ids"]
             marked = _regions(input_ids, of_prompt)
             if self.assistant_only:
                 check_marks(tokens["assistant_masks"])
                 marked = [*map(min, marked, tokens["assistant_masks"])]
-            weighed = weigh_conversation(conversation, input_ids, marked, self.structure, len(prompt))
+            weighed = weigh_conversation(conversation, input_ids, marked, self.structure, turns)
             tokenized.append(TokenizedRow(input_ids, *weighed))
         return tokenized
 

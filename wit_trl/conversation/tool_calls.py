@@ -1,0 +1,106 @@
+"""Tools and calls in the form that a chat template wants: `arguments` as an object, or as the JSON text of one."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trl.trainer.utils import remove_none_values
+
+from .messages import Messages
+
+
+def read_tools(tools: Any) -> list[Any] | None:
+    """Returns the tools of a row, which may be JSON, as a list without the nulls that Arrow adds. `None` for none."""
+    tools = _parse_json(tools or "[]", "`tools`") if isinstance(tools, str | None) else remove_none_values(tools)
+    return [_parse_json(tool, "`tools`") for tool in tools or ()] or None
+
+
+def arguments_as_objects(messages: Messages) -> Messages:
+    """
+    Returns messages in which the `arguments` of every call are an object. OpenAI's API has them as JSON text, of which
+    most templates write a text once more.
+    """
+    return _convert_arguments(messages, _parse)
+
+
+def arguments_as_texts(messages: Messages) -> Messages:
+    """Returns messages in which the `arguments` of every call are JSON text: that of the data, if it has one."""
+    return _convert_arguments(
+        messages,
+        lambda arguments: arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
+    )
+
+
+def is_written_as_python(messages: Messages, text: str) -> bool:
+    """Whether a template writes the arguments of a call in Python's form, which is not JSON."""
+    of_calls = (function_of(call).get("arguments") for message in messages for call in calls_of(message))
+    return any(
+        str(arguments) in text and str(arguments) != json.dumps(arguments, ensure_ascii=False)
+        for arguments in of_calls
+        if arguments
+    )
+
+
+def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the tool calls of a message."""
+    return message.get("tool_calls") or []
+
+
+def function_of(call: dict[str, Any]) -> dict[str, Any]:
+    """Returns the name and the arguments of a call, which stand in a `function` or in the call itself."""
+    return call.get("function", call)
+
+
+def null_arguments(messages: Messages) -> Iterator[tuple[int, Any, str]]:
+    """Yields the turn, the function and the name of every argument that is null, of messages that nobody checked."""
+    for turn, message in enumerate(messages):
+        calls = message.get("tool_calls") if message else None
+        for call in calls if isinstance(calls, list) else ():
+            function = function_of(call) if call else {}
+            arguments = function.get("arguments")
+            if isinstance(arguments, dict):
+                yield from ((turn, function.get("name"), key) for key, value in arguments.items() if value is None)
+
+
+def _convert_arguments(messages: Messages, convert: Callable[[Any], Any]) -> Messages:
+    converted = []
+    for turn, message in enumerate(messages):
+        if calls_of(message):
+            try:
+                calls = [_convert_call(call, convert) for call in _parse_json(calls_of(message), "`tool_calls`")]
+            except ValueError as error:
+                raise ValueError(f"turn {turn} ({message['role']}): {error}") from error
+            message = {**message, "tool_calls": calls}
+        converted.append(message)
+    return converted
+
+
+def _convert_call(call: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    if not isinstance(call, dict) or not isinstance(function_of(call), dict):
+        raise ValueError(
+            f"the tool call {call!r} must be a dict with a `function`, which has a `name` and `arguments`. Write it "
+            "so, or remove the row."
+        )
+    function = function_of(call)
+    if "arguments" not in function:
+        return call
+    try:
+        function = {**function, "arguments": convert(function["arguments"])}
+    except ValueError as error:
+        raise ValueError(f"the call of `{function.get('name')}`: {error}") from error
+    return {**call, "function": function} if "function" in call else function
+
+
+def _parse(arguments: Any) -> dict[str, Any]:
+    arguments = _parse_json(arguments or "{}", "`arguments`")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"`arguments` must be an object, or its JSON, but is {arguments!r}.")
+    return arguments
+
+
+def _parse_json(value: Any, name: str) -> Any:
+    """Returns what a text is the JSON of, and what is no text as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is a text, but not JSON: {error}. Repair it, or remove the row.") from error
