@@ -15,6 +15,7 @@ Private methods that are overridden stand where they belong:
 - `DataCollatorForWIT` and `DataCollatorForVisionLanguageWIT`: `torch_call` of TRL's collators
 """
 
+import collections
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,7 +120,9 @@ def record_replacements(processor: ProcessorMixin, texts: set[str]) -> Processor
 
     def replace(text, *replacements, **named_replacements):
         texts.update(*replacements, *named_replacements.values())
-        return processor.get_text_with_replacements(text, *replacements, **named_replacements)
+        text, offsets = processor.get_text_with_replacements(text, *replacements, **named_replacements)
+        # Not a list: where the first text of a batch has no image, Idefics3's processor would make a tensor of it
+        return text, collections.UserList(offsets)
 
     recording.get_text_with_replacements = replace
     return recording

@@ -338,3 +338,33 @@ def test_template_whose_marks_leave_out_the_answer_is_refused(llava):
     template = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}{% generation %}{% endgeneration %}"
     with pytest.raises(ValueError, match=r"Example 0 of the batch, .*marks no token of the assistant's turns"):
         DataCollatorForVisionLanguageWIT(llava, chat_template=template)([{"messages": turns(["a"]), "images": []}])
+
+
+def test_image_in_each_turn_gives_the_same_answers_or_is_refused(name, family, processor):
+    content = lambda text: [{"type": "image"}, {"type": "text", "text": text}]  # noqa: E731
+    messages = turns(ANSWERS[0])
+    for turn in (0, 2):
+        messages[turn] = {**messages[turn], "content": content(messages[turn]["content"])}
+    example = {"messages": messages, "images": [picture(30, 40), picture(40, 20)]}
+    collator = DataCollatorForVisionLanguageWIT(processor)
+    if name == "llava_onevision":
+        with pytest.raises(ValueError, match="the first turns alone have other tokens than in the whole conversation"):
+            collator([example])
+        return
+    batch = collator([example])
+    expected = [answer + family.end_of_turn for answer in ANSWERS[0]]
+    if name == "glm46v":
+        expected[-1] = ANSWERS[0][-1]
+    found = runs(processor, batch["input_ids"][0], batch["completion_mask"][0] == 1)
+    assert [text.strip() for text in found] == expected
+
+
+def test_image_in_a_later_row_only(name, processor):
+    first, second = examples("messages")
+    rows = [{**first, "images": []}, second]
+    collator = DataCollatorForVisionLanguageWIT(processor)
+    both, alone = collator(rows), [collator([row]) for row in rows]
+    for position, batch in enumerate(alone):
+        length = batch["input_ids"].size(1)
+        for column in ("input_ids", "completion_mask", "token_weights"):
+            assert both[column][position, :length].tolist() == batch[column][0].tolist()

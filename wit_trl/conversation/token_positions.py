@@ -105,4 +105,13 @@ class TokenPositions:
         ):  # there is no added token before it, or it is none here
             position, tokens = 0, self._tokenize_beginning(character, turns)
         common = common_prefix_length(tokens, self._input_ids[position : position + len(tokens)])
+        # Only what follows the last added token may be tokenized otherwise when more text follows
+        certain = max(self._tokens.added(tokens), default=-1) + 1
+        if common < min(certain, self.count - position):
+            raise ValueError(
+                "the first turns alone have other tokens than in the whole conversation, so their turns cannot be "
+                "found. Some processors cut one image into patches, but not several. Put all images into the first "
+                "turn, make a `prompt` and `completion` of each answer, or choose a template that marks the "
+                "assistant's turns with `{% generation %}` (`chat_template_path`)."
+            )
         return position + common, common == len(tokens)
