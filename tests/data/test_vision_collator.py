@@ -368,3 +368,18 @@ def test_image_in_a_later_row_only(name, processor):
         length = batch["input_ids"].size(1)
         for column in ("input_ids", "completion_mask", "token_weights"):
             assert both[column][position, :length].tolist() == batch[column][0].tolist()
+
+
+def test_system_column_and_arguments_as_json():
+    processor = make_processor("qwen3_vl")
+    collator = DataCollatorForVisionLanguageWIT(processor)
+    batches = []
+    for arguments in ({"x": 1}, '{"x": 1}'):
+        (example, _) = examples("messages")
+        call = {"type": "function", "function": {"name": "f0", "arguments": arguments}}
+        example["messages"] = [*example["messages"], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        batches.append(collator([{**example, "system": "BE KIND"}]))
+    text = processor.tokenizer.decode(batches[0]["input_ids"][0])
+    assert "system\nBE KIND" in text
+    assert '"arguments": {"x": 1}' in text
+    assert batches[1]["input_ids"].tolist() == batches[0]["input_ids"].tolist()

@@ -64,16 +64,15 @@ def warn_of_unused_roles(
         )
 
 
-def warn_of_ignored_columns(columns: set[str], read: tuple[str, ...], of_messages: bool, name: str) -> None:
-    """Names columns with weights, and those that other formats have beside the ones that are `read`."""
+def warn_of_ignored_columns(columns: set[str], unread: set[str], name: str) -> None:
+    """Names columns with weights, and those with which other formats say more, as far as they are not read."""
     known = ("weight", "token_weights")
     if ignored := sorted(name for name in columns if "weight" in name.lower() and name not in known):
         logger.warning(
             f"The {name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number for the row, or to "
             "`token_weights`, one for each token of `input_ids`."
         )
-    unread = {"history", "system", "tools"} if len(read) > 1 and not of_messages else {"history"}
-    if ignored := sorted(columns & unread):
+    if ignored := sorted(columns & {"history", *unread}):
         logger.warning(
             f"The {name} dataset has {ignored}, which is ignored. Make turns of it in `messages`, which may stand "
             "beside `system` and `tools`, or remove it."

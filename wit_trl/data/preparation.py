@@ -101,7 +101,8 @@ class DataPreparation:
             )
         conversations = tokenizer.columns if tokenizer.of_messages else ()
         self.check_structure_weights(dataset, conversations)
-        warn_of_ignored_columns(columns, tokenizer.columns, tokenizer.of_messages, self.dataset_name)
+        is_text_pair = not conversations and "prompt" in tokenizer.columns
+        warn_of_ignored_columns(columns, {"system", "tools"} if is_text_pair else set(), self.dataset_name)
         warn_of_nulls(dataset, conversations, self.dataset_name)
         function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
         unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
@@ -123,7 +124,7 @@ class DataPreparation:
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
         """
         self.check_structure_weights(dataset)
-        warn_of_ignored_columns({*example}, (), False, self.dataset_name)
+        warn_of_ignored_columns({*example}, set(), self.dataset_name)
         if {*MASK_COLUMNS}.isdisjoint(example):
             logger.warning_once(
                 "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "

@@ -13,6 +13,7 @@ from trl import pack_dataset
 
 from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
+from .columns import warn_of_ignored_columns
 from .preparation import DataPreparation
 from .prepared_rows import STREAMED_ROWS, TARGET_COLUMNS, RowLengths
 from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
@@ -164,6 +165,7 @@ def check_image_rows(
         return (batch["labels"] != -100).any() and (not in_completion or (batch["completion_mask"] == 1).any())
 
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        warn_of_ignored_columns({*dataset.column_names}, {"tools"}, "train")  # which TRL's collator does not render
         texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
         DataPreparation(args, False, "train").map_rows(
             texts,

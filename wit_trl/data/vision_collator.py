@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from .._upstream import record_replacements
 from ..conversation.chat_template import check_marks, chosen_chat_template
 from ..conversation.messages import Messages, check_answer, read_messages
+from ..conversation.tool_calls import arguments_as_objects
 from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
 from ..weights import NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight, set_targets
@@ -262,7 +263,7 @@ def _complete_row(example: dict[str, Any], columns: list[str], text_field: str) 
                 "or a text. Add it, or remove such rows."
             )
         if isinstance(value, list):
-            row[column] = read_messages(example, column)
+            row[column] = arguments_as_objects(read_messages(example, column))
             if column != "prompt":
                 check_answer(row[column], column)
     if not isinstance(row["images"], list):
