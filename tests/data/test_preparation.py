@@ -647,3 +647,8 @@ def test_padding_of_tokenized_rows_is_no_text(skip, make_model, tokenizer, confi
 def test_mask_that_leaves_out_tokens_of_the_text_is_refused(mask, make_model, tokenizer, config_kwargs):
     with pytest.raises(ValueError, match=r"^Row 0 of the train dataset: `attention_mask` must be 1 for the tokens"):
         make_trainer(make_model, tokenizer, [{**TEXT, "attention_mask": mask}], config_kwargs)
+
+
+def test_number_in_the_place_of_a_text_is_named(make_model, tokenizer, config_kwargs):
+    with pytest.raises(ValueError, match=r"Row 0 .*`completion` must be a text, but is the number 3\. Cast the column"):
+        make_trainer(make_model, tokenizer, [{"prompt": "1 + 2?", "completion": 3}], config_kwargs)

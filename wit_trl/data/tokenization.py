@@ -221,6 +221,12 @@ def _has_marks(conversation: Conversation) -> bool:
 
 
 def _check_text(row: Row, column: str) -> None:
-    if not isinstance(row.get(column), str):
-        raise ValueError(f"`{column}` must be a text, but is {row.get(column)!r}. Fill it in or remove the row.")
-    check_unicode(row[column], f"`{column}`")
+    text = row.get(column)
+    if isinstance(text, int | float):  # of a CSV file, where "3" is no text
+        raise ValueError(
+            f"`{column}` must be a text, but is the number {text!r}. Cast the column: `dataset.cast_column({column!r}, "
+            "datasets.Value('string'))`. Or store the rows as JSON lines with texts in quotes."
+        )
+    if not isinstance(text, str):
+        raise ValueError(f"`{column}` must be a text, but is {text!r}. Fill it in or remove the row.")
+    check_unicode(text, f"`{column}`")
