@@ -149,14 +149,3 @@ def test_evaluation_leaves_the_logits_alone():
     params = HeadParams(targets, weights, True, 1.0, None, None)
     rows.score(logits, params, TokenScores(nll, entropy, is_top1), False)
     assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_a_factor_of_one_touches_no_value(dtype, on_triton):
-    on_triton.append("needs no rows")
-    values = torch.randn(3, 5000).to(dtype)
-    expected, nan = values * 3, torch.full_like(values, torch.nan)
-    assert torch.equal(rows.multiply(nan.clone(), torch.tensor(1.0)).isnan(), nan.isnan())
-    before = values.clone()
-    assert torch.equal(rows.multiply(values, torch.tensor(1.0)), before)
-    torch.testing.assert_close(rows.multiply(values, torch.tensor(3.0)), expected)

@@ -60,21 +60,12 @@ def not_zero(divisor: torch.Tensor | float) -> torch.Tensor:
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """
-    Output of [`weighted_linear_cross_entropy`]. The per-token fields carry no gradient and are zero where a token is
-    not scored.
+    """Output of [`weighted_linear_cross_entropy`]. What is not the loss has no gradient, and is 0 if not scored."""
 
-    Args:
-        loss (`torch.Tensor`): Weighted negative log-likelihood over the divisor, a float32 scalar in nats.
-        nll (`torch.Tensor` of shape `(N,)`): Unweighted negative log-likelihood of each target, in nats.
-        entropy (`torch.Tensor` of shape `(N,)`): Entropy of each predicted distribution, in nats.
-        is_top1 (`torch.Tensor` of shape `(N,)`): Whether the target is the most likely token.
-    """
-
-    loss: torch.Tensor
-    nll: torch.Tensor
-    entropy: torch.Tensor
-    is_top1: torch.Tensor
+    loss: torch.Tensor  # weighted negative log-likelihood over the divisor, a float32 scalar in nats
+    nll: torch.Tensor  # (N,), unweighted negative log-likelihood of each target, in nats
+    entropy: torch.Tensor  # (N,), of each predicted distribution, in nats
+    is_top1: torch.Tensor  # (N,), whether the target is the most likely token
 
 
 def weighted_linear_cross_entropy(

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,9 @@ from .functions import not_zero, uses_one_pass, weighted_linear_cross_entropy, w
 from .token_factors import TokenFactors
 
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-
-def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
+def prepare_lm_head(model: Any) -> None:
     """
-    Prepares a model with TRL's fused LM head for `weighted_forward`.
+    Prepares a `PreTrainedModel` or `PeftModel` with TRL's fused LM head for `weighted_forward`.
 
     A quantized model gets a plain head, frozen, in the dtype of the model: the fused head multiplies by the head's
     weight itself, and that of a quantized head is packed. TRL's own loss of an 8-bit head is wrong without an error.
@@ -49,7 +45,7 @@ def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
             f"`{type(model).__name__}` is an encoder-decoder, which has no prompt in the sequence that it predicts. "
             "Pass a causal language model."
         )
-    causal_lm: Any = model
+    causal_lm = model
     if is_peft_model(model):
         from peft.utils.other import TrainableTokensWrapper
 
@@ -81,22 +77,13 @@ def weighted_forward(
     fused_head: str = "auto",
 ) -> FusedCausalLMOutput:
     """
-    Calls a model that has TRL's fused LM head and weighs what it returns, without building the logits.
+    Returns the output of TRL's fused LM head, with `loss` the weighted sum over the divisor, a scalar in nats. The
+    per-token fields are unweighted, have no gradient, and are `(B, T - 1)`, or `(B, T)` with `"shift_labels"`.
 
-    Returns the output of TRL, with `loss` the weighted sum over the divisor, a scalar in nats. The per-token fields are
-    unweighted, have no gradient, and are `(B, T - 1)`, or `(B, T)` with `"shift_labels"`.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model prepared by [`~trl.trainer.utils.add_fused_lm_head`] and `prepare_lm_head`, then wrapped in any way.
-        inputs (`dict[str, Any]`):
-            Arguments of its forward. `"labels"` is -100 where a token is not scored. `"shift_labels"`, if there are
-            any, stand for the labels: at the position that predicts the token.
-        token_weights (`torch.Tensor` of shape `(B, T)`):
-            Weight of each token as a target, 0 where it is not scored, at the position of its label.
-        num_items_in_batch (`torch.Tensor` or `float`), token_factors (`Callable`, *optional*), fused_head (`str`,
-        *optional*, defaults to `"auto"`):
-            As in [`weighted_linear_cross_entropy`].
+    The model was prepared by [`~trl.trainer.utils.add_fused_lm_head`] and `prepare_lm_head`, then wrapped in any way.
+    `inputs` are arguments of its forward. The `"labels"`, or the `"shift_labels"` at the position that predicts the
+    token, are -100 where a token is not scored. There its weight, at the position of its label, is 0. The other
+    arguments are those of [`weighted_linear_cross_entropy`].
     """
     if "shift_labels" in inputs:
         scored = inputs["shift_labels"] != -100

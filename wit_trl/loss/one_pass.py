@@ -33,14 +33,12 @@ def weighted_nll(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, params: HeadParams
 ) -> tuple[torch.Tensor, TokenScores]:
     """
-    Returns the weighted sum of the negative log-likelihoods, and of each target its negative log-likelihood, entropy
-    and top-1. Arguments as in [`weighted_linear_cross_entropy`].
+    Returns the weighted sum of the negative log-likelihoods, and the scores of each target.
 
     Tokens that are not scored are dropped before the projection. Since the weights are known beforehand, the gradient
     is formed in the forward pass: for each chunk of tokens one matrix product gives the logits, their rows are
     overwritten by their own gradient (in float32, rounded once), and two more products give the gradients of the hidden
-    states and of the head. Nothing is computed twice: three products for each token, two with a frozen head, one
-    without gradient. The backward pass has nothing to do unless the loss is scaled.
+    states and of the head. The backward pass has nothing to do unless the loss is scaled.
 
     The gradient of a 16-bit head is summed over chunks in its own dtype up to four chunks (each rounds once, on top of
     the float32 sums inside the product), in float32 above. In float16, where a gradient below 6e-8 is none, the rows
@@ -68,13 +66,12 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, params):
         ctx.set_materialize_grads(False)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_gradient = needs_hidden or needs_weight or needs_bias
+        inputs, needs = (hidden_states, weight, bias), ctx.needs_input_grad[:3]
         (n, _), vocab = hidden_states.shape, len(weight)
-        uses_triton = _uses_triton(hidden_states)
+        uses_triton = rows is not None and hidden_states.device.type in _TRITON_DEVICES
         head = weight.to(hidden_states.dtype)
         pitch = -(-vocab // 64) * 64 if uses_triton else vocab  # so that every row of a GPU is aligned
-        count = _chunk_rows(n, pitch * hidden_states.element_size(), uses_triton, needs_weight)
+        count = _chunk_rows(n, pitch * hidden_states.element_size(), uses_triton, needs[1])
         is_half = torch.float16 in (hidden_states.dtype, weight.dtype)
         in_float32 = n > _MAX_CHUNKS_IN_16_BITS * count or is_half or weight.dtype != hidden_states.dtype
         token_weights = params.token_weights.to(torch.float32, copy=True)  # which the factors multiply in place
@@ -89,15 +86,13 @@ class _WeightedNLL(torch.autograd.Function):
         logits = hidden_states.new_empty(count, pitch)[:, :vocab]
         nll, entropy = hidden_states.new_empty(2, n, dtype=torch.float32)
         scores = TokenScores(nll, entropy, hidden_states.new_empty(n, dtype=torch.bool))
-        grad_hidden = grad_weight = grad_bias = None
-        if needs_hidden:
-            dtype = hidden_states.dtype if ctx.scale is None else torch.float32
-            grad_hidden = torch.zeros_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format)
-        if needs_weight:
-            dtype = torch.float32 if in_float32 else None
-            grad_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        if needs_bias:
-            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+        hidden_dtype = hidden_states.dtype if ctx.scale is None else torch.float32
+        dtypes = (hidden_dtype, torch.float32 if in_float32 else weight.dtype, torch.float32)
+        gradients = [
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
+            for x, dtype, needed in zip(inputs, dtypes, needs, strict=True)
+        ]
+        grad_hidden, grad_weight, grad_bias = gradients
         score_rows = rows.score if uses_triton else score
         for start in range(0, n, count):
             chunk = slice(start, start + count)
@@ -105,17 +100,16 @@ class _WeightedNLL(torch.autograd.Function):
             z = torch.mm(hidden, head.t(), out=logits[: len(hidden)])
             if bias is not None:
                 z += bias
-            score_rows(z, params[chunk], TokenScores(*(values[chunk] for values in scores)), needs_gradient)
-            if needs_hidden:
+            score_rows(z, params[chunk], TokenScores(*(values[chunk] for values in scores)), any(needs))
+            if grad_hidden is not None:
                 _add_product(grad_hidden[chunk], z, head, is_first=True)
-            if needs_weight:
+            if grad_weight is not None:
                 _add_product(grad_weight, z.t(), hidden, is_first=start == 0)
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += z.sum(0, dtype=torch.float32)
-        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
-        ctx.dtypes = [hidden_states.dtype, weight.dtype, bias.dtype if needs_bias else None]
-        if not is_half:  # which may have to wait for a scale of the loss
-            ctx.gradients = _cast(ctx.gradients, ctx.dtypes)
+        if not is_half:  # which may have to wait for a scale of the loss, and is cast by autograd
+            gradients = [None if y is None else y.to(x.dtype) for x, y in zip(inputs, gradients, strict=True)]
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(*scores)
         loss = torch.dot(nll, token_weights)
         return loss if ctx.scale is None else loss / ctx.scale, *scores
@@ -127,12 +121,10 @@ class _WeightedNLL(torch.autograd.Function):
             raise RuntimeError("The gradient of `weighted_linear_cross_entropy` is formed once and was already used.")
         if ctx.scale is not None:
             grad_output = grad_output / ctx.scale
-        gradients = [None if gradient is None else _multiply(gradient, grad_output) for gradient in gradients]
-        return *_cast(gradients, ctx.dtypes), None
-
-
-def _uses_triton(values: torch.Tensor) -> bool:
-    return rows is not None and values.device.type in _TRITON_DEVICES
+        # It is mostly 1, but a device would make the host wait for it
+        if grad_output.device.type != "cpu" or grad_output != 1:
+            gradients = [None if gradient is None else gradient.mul_(grad_output) for gradient in gradients]
+        return *gradients, None
 
 
 def _chunk_rows(n: int, row_bytes: int, on_gpu: bool, needs_weight: bool) -> int:
@@ -158,17 +150,6 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first
             if a.dtype == torch.float16:  # in which a product may overflow
                 part, other = part.float(), other.float()
             total[start : start + 16384] += torch.mm(part, other)
-
-
-def _cast(gradients: list[torch.Tensor | None], dtypes: list[torch.dtype | None]) -> list[torch.Tensor | None]:
-    return [None if x is None else x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
-
-
-def _multiply(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiplies in place by a scalar, which is mostly 1."""
-    if _uses_triton(values):
-        return rows.multiply(values, factor)  # which does not make the host wait for it
-    return values if factor == 1 else values.mul_(factor)
 
 
 def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:

@@ -37,13 +37,6 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
                 launch(HAS_SCORES=True, HAS_GRADIENT=True)
 
 
-def multiply(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiplies contiguous values in place by a scalar of the device, and touches none of them if that is 1."""
-    with torch.accelerator.device_index(values.device.index):
-        _multiply[(triton.cdiv(values.numel(), _COLUMNS),)](values, factor, values.numel(), COLUMNS=_COLUMNS)
-    return values
-
-
 @triton.jit
 def _transform(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     z = z * logit_scale
@@ -113,12 +106,3 @@ def _score_rows(
                 x = 2 * raw * logit_scale / softcap
                 gradient *= 4 * tl.sigmoid(x) * tl.sigmoid(-x)  # 1 - tanh², without cancellation
             tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < row_stride)
-
-
-@triton.jit
-def _multiply(values_ptr, factor_ptr, n_values, COLUMNS: tl.constexpr):
-    factor = tl.load(factor_ptr)
-    if factor != 1:
-        value = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        product = tl.load(values_ptr + value, mask=value < n_values).to(tl.float32) * factor
-        tl.store(values_ptr + value, product.to(values_ptr.dtype.element_ty), mask=value < n_values)
