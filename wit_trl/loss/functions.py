@@ -50,7 +50,9 @@ def wit_loss(
         num_items_in_batch = (labels != -100).sum()
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     per_token_loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, T - 1)
-    return (per_token_loss * token_weights).sum() / not_zero(num_items_in_batch)
+    # A token that the model finds impossible has an infinite loss, which no weight of 0 takes back
+    weighted_loss = (per_token_loss * token_weights).masked_fill(token_weights == 0, 0)
+    return weighted_loss.sum() / not_zero(num_items_in_batch)
 
 
 def not_zero(divisor: torch.Tensor | float) -> torch.Tensor:
@@ -129,12 +131,17 @@ def weighted_linear_cross_entropy(
 
     Raises:
         `ValueError`: there is no such `fused_head`.
-        `RuntimeError`: the loss is differentiated a second time.
+        `RuntimeError`: the loss is differentiated a second time; a scored target is no row of the head (on a GPU, a
+        device-side assertion).
     """
     num_items_in_batch = token_weights.count_nonzero() if num_items_in_batch is None else num_items_in_batch
     scored = token_weights != 0 if scored is None else scored
     kernel = one_pass.weighted_nll if uses_one_pass(fused_head, hidden_states.device) else _weighted_nll_of_trl
     token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
+    if isinstance(scored, torch.Tensor):
+        targets = targets.where(scored, 0)
+    # The same, without strides, but indexing refuses what is no token, which a kernel would read from foreign memory
+    targets = torch.arange(len(weight), device=targets.device).gather(0, targets)
     params = HeadParams(targets, token_weights, scored, logit_scale, softcap, token_factors)
     loss, scores = kernel(hidden_states, weight, bias, params)
     return LinearCrossEntropyOutput(loss, *scores)
@@ -160,7 +167,7 @@ def weighted_sum(
         token_weights = token_weights.clone()
         with torch.no_grad():
             token_weights[index] *= token_factors(nll[index].clone(), entropy[index].clone())
-    return (nll * token_weights).sum()
+    return (nll * token_weights).masked_fill(token_weights == 0, 0).sum()  # where a nll may be infinite
 
 
 def _weighted_nll_of_trl(
@@ -171,10 +178,13 @@ def _weighted_nll_of_trl(
     result. Without factors, or with all tokens scored, it does not make the host wait for the device.
     """
     temperature, outputs = 1.0, ("entropy", "is_top1")
-    log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
-        *(hidden_states, weight, bias, params.targets.clamp(min=0)),
-        *(temperature, _VOCABULARY_CHUNK, params.softcap, params.logit_scale, outputs),
-    )
+    if bias is not None:  # impossible, but finite: TRL's kernel multiplies logits by probabilities of 0
+        bias = bias.clamp(min=-1e4)
+    with torch.accelerator.device_index(hidden_states.device.index):  # Triton launches on the current device
+        log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+            *(hidden_states, weight, bias, params.targets),
+            *(temperature, _VOCABULARY_CHUNK, params.softcap, params.logit_scale, outputs),
+        )
     nll, entropy, token_weights, scored = -log_probs, entropy.detach(), params.token_weights, params.scored
     if isinstance(scored, torch.Tensor):
         nll, entropy, token_weights = (x.where(scored, 0) for x in (nll, entropy, token_weights))

@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .params import HeadParams, TokenScores
 
@@ -24,9 +25,11 @@ _GPU_CHUNK_ROWS = (2048, 4096)
 _GPU_CHUNK_BYTES = (512 << 20, 1024 << 20)
 # Rows of logits that are turned into their gradient at a time, in float32, while they are in the cache of a CPU
 _BLOCK_BYTES = 2 << 20
+_GPU_BLOCK_BYTES = 256 << 20  # where there is no Triton: each block is a dozen launches
 # Above this number of chunks the gradient of a 16-bit head is summed in float32
 _MAX_CHUNKS_IN_16_BITS = 4
-_LARGEST_GRADIENT_IN_FLOAT16 = 2**10  # of a logit, before factors of tokens, which have room up to 64
+# Of a logit, before factors of tokens, which have room up to 64
+_LARGEST_GRADIENT_IN_FLOAT16 = torch.finfo(torch.float16).max / 64
 
 
 def weighted_nll(
@@ -68,18 +71,18 @@ class _WeightedNLL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         inputs, needs = (hidden_states, weight, bias), ctx.needs_input_grad[:3]
         (n, _), vocab = hidden_states.shape, len(weight)
-        uses_triton = rows is not None and hidden_states.device.type in _TRITON_DEVICES
+        device = hidden_states.device.type
+        uses_triton = rows is not None and device in _TRITON_DEVICES
         head = weight.to(hidden_states.dtype)
         pitch = -(-vocab // 64) * 64 if uses_triton else vocab  # so that every row of a GPU is aligned
-        count = _chunk_rows(n, pitch * hidden_states.element_size(), uses_triton, needs[1])
+        count = _chunk_rows(n, pitch * hidden_states.element_size(), device != "cpu", needs[1])
         is_half = torch.float16 in (hidden_states.dtype, weight.dtype)
         in_float32 = n > _MAX_CHUNKS_IN_16_BITS * count or is_half or weight.dtype != hidden_states.dtype
         token_weights = params.token_weights.to(torch.float32, copy=True)  # which the factors multiply in place
         params = dataclasses.replace(params, token_weights=token_weights)
         ctx.scale = None
         if hidden_states.dtype == torch.float16:
-            scale = abs(params.logit_scale)
-            largest = torch.cat([token_weights.abs(), token_weights.new_full((1,), 1e-30)]).max() * scale
+            largest = F.pad(token_weights.abs() * abs(params.logit_scale), (0, 1), value=1e-30).max()
             ctx.scale = torch.exp2(torch.floor(torch.log2(_LARGEST_GRADIENT_IN_FLOAT16 / largest)))
             token_weights *= ctx.scale
 
@@ -111,7 +114,7 @@ class _WeightedNLL(torch.autograd.Function):
             gradients = [None if y is None else y.to(x.dtype) for x, y in zip(inputs, gradients, strict=True)]
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*scores)
-        loss = torch.dot(nll, token_weights)
+        loss = (nll * token_weights).masked_fill_(token_weights == 0, 0).sum()  # where a nll may be infinite
         return loss if ctx.scale is None else loss / ctx.scale, *scores
 
     @staticmethod
@@ -158,7 +161,8 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
     factors that follow from the first two. If a gradient is needed, the logits are overwritten by that of the weighted
     negative log-likelihood. Of several tokens that are the most likely, the first one is top-1, as in TRL.
     """
-    block = max(1, min(len(logits), _BLOCK_BYTES // (4 * logits.size(1))))
+    block_bytes = _BLOCK_BYTES if logits.device.type == "cpu" else _GPU_BLOCK_BYTES
+    block = max(1, min(len(logits), block_bytes // (4 * logits.size(1))))
     buffers = logits.new_empty(2, block, logits.size(1), dtype=torch.float32)
     for start in range(0, len(logits), block):
         part = slice(start, start + block)
@@ -180,7 +184,7 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
         log_normaliser = normaliser.log()
         is_top1.copy_(top1)
         nll.copy_((log_normaliser - z_target).squeeze(1))
-        entropy.copy_(log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z) / normaliser.squeeze(1))
+        entropy.copy_(log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z.clamp_(min=-1e3)) / normaliser.squeeze(1))
         if params.token_factors is not None:
             token_weights *= params.token_factors(nll.clone(), entropy.clone())
         if needs_gradient:

@@ -72,7 +72,7 @@ def _score_rows(
     else:
         # Read before the first reduction, whose barrier keeps it ahead of the stores that overwrite it
         z_target = _transform(tl.load(logits_ptr + target).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
-        maximum = -float("inf")
+        maximum = -3e38  # no infinity, so that a block of impossible tokens gives no inf - inf
         before_target = -float("inf")  # maximum of the columns before the target: the first of equal ones is top-1
         normaliser = 0.0  # sum of exp(z - maximum)
         dot = 0.0  # sum of exp(z - maximum) * (z - maximum)
@@ -83,10 +83,10 @@ def _score_rows(
             before_target = tl.maximum(before_target, tl.max(tl.where(column < target, z, -float("inf")), 0))
             new_maximum = tl.maximum(maximum, tl.max(z, 0))
             exp = tl.exp(z - new_maximum)
-            shift = tl.where(normaliser > 0, maximum - new_maximum, 0.0)  # no inf * 0 in the first block
+            shift = tl.where(normaliser > 0, maximum - new_maximum, 0.0)  # no inf * 0 before the first token
             decay = tl.exp(shift)
             dot = (dot + shift * normaliser) * decay
-            dot += tl.sum(tl.where(column < n_columns, exp * (z - new_maximum), 0.0), 0)
+            dot += tl.sum(tl.where(exp > 0, exp * (z - new_maximum), 0.0), 0)
             normaliser = normaliser * decay + tl.sum(exp, 0)
             maximum = new_maximum
         log_normaliser = tl.log(normaliser)
