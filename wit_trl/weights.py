@@ -19,7 +19,9 @@ NO_CONVERSATION_MESSAGE = (
 )
 # The columns of tokenized data that tell prompt and completion apart
 MASK_COLUMNS = ("labels", "completion_mask", "assistant_masks")
-_LARGEST = 1e38  # nearly the largest number that float32 holds
+# Below the first a product of three is 0 in float32, above the second there is none
+_SMALLEST, _LARGEST = 1e-12, 1e38
+WEIGHT_RANGE = f"a weight must be a finite number (no text) that is not negative: 0, or {_SMALLEST} to {_LARGEST}."
 REGIONS = {0: "prompt", 1: "completion", -100: "never a target"}
 
 
@@ -104,22 +106,26 @@ def token_weights(example: dict[str, Any]) -> torch.Tensor:
     return weights * check_weight(example.get("weight"), "`weight`")
 
 
+def is_weight(value: float) -> bool:
+    return value == 0 or _SMALLEST <= value <= _LARGEST
+
+
 def check_weights(values: Any, name: str) -> torch.Tensor:
-    """Returns weights as a tensor in float32. Raises `ValueError` unless all are finite and none is negative."""
+    """Returns weights as a tensor in float32. Raises `ValueError` unless each is 0 or in the range of weights."""
     try:
-        weights = torch.as_tensor(values, dtype=torch.float32)
+        weights = torch.as_tensor(values, dtype=torch.float64)
     except (OverflowError, TypeError, ValueError, RuntimeError):  # torch raises them all for what is not a number
         weights = torch.tensor(torch.nan)
-    if not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"{name} is {values!r}, but a weight must be a finite number (no text) that is not negative.")
-    return weights
+    if not ((weights == 0) | (weights >= _SMALLEST) & (weights <= _LARGEST)).all():
+        raise ValueError(f"{name} is {values!r}, but {WEIGHT_RANGE}")
+    return weights.float()
 
 
 def check_weight(value: Any, name: str) -> float:
-    """Returns one weight, 1 for `None`. Raises `ValueError` unless it is a finite number that is not negative."""
+    """Returns one weight, 1 for `None`. Raises `ValueError` unless it is 0 or in the range of weights."""
     if value is None:
         return 1.0
-    if type(value) in (int, float) and 0 <= value <= _LARGEST:  # most weights, so without a tensor
+    if type(value) in (int, float) and is_weight(value):  # most weights, so without a tensor
         return float(value)
     weight = check_weights(value, name)
     if weight.ndim > 0:
