@@ -3,6 +3,7 @@ What is relied on inside other packages. When a release changes one of these, it
 read it again there, mend what it breaks, and add the new hash.
 """
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -11,9 +12,11 @@ import threading
 import pytest
 import torch
 import trl.trainer.utils
+from torch._subclasses import FakeTensorMode
 from trl.kernels import ChunkedLogProbFunction
 
 from wit_trl import _upstream
+from wit_trl.loss.lm_head import prepare_lm_head
 
 
 # object: (parameters, hashes of its source in the releases that were run, who relies on it)
@@ -242,3 +245,25 @@ def test_kernel_is_given_back_after_an_error():
     with pytest.raises(RuntimeError, match="stop"), _upstream.use_kernel(print):
         raise RuntimeError("stop")
     assert _upstream._kernel.get() is None
+
+
+def test_hook_runs_on_the_device_of_a_model_that_is_split(make_model, monkeypatch):
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+    model = make_model()
+    prepare_lm_head(model)
+    assert trl.trainer.utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    prepare_lm_head(model)
+    devices, current = [], [0]
+
+    @contextlib.contextmanager
+    def device_index(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", lambda hidden_states: devices.append(current[-1]))
+    with FakeTensorMode():
+        trl.trainer.utils._ChunkedLogProbFunction.apply(torch.ones(2, device="cuda:1"))
+    assert devices == [1]

@@ -4,8 +4,8 @@ not do, and when it can go. `tests/test_upstream.py` holds the signature and the
 one, the test names it, and what stands here has to be read again.
 
 Two functions of other packages are replaced by hooks, where they are first needed: the kernel of TRL's LM head, where
-the one-pass head runs, and what skips batches, under DeepSpeed's sequence parallelism. For all others, also in another
-thread, a hook does what the function did.
+the one-pass head runs or a model is split over devices, and what skips batches, under DeepSpeed's sequence parallelism.
+For all others, also in another thread, a hook does what the function did.
 
 Private methods that are overridden stand where they belong:
 - `WITSFTTrainer`: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_reject_skip_prepare_without_labels` of
@@ -43,6 +43,7 @@ __all__ = [
     "get_config_model_id",
     "get_dataset_column_names",
     "global_then_local_main_first",
+    "install_kernel_hook",
     "keep_gradient_of_4bit_weights",
     "record_replacements",
     "restart",
@@ -67,18 +68,24 @@ _kernel: ContextVar[Kernel | None] = ContextVar("wit_trl_kernel", default=None)
 class _KernelHook:
     """
     Stands for TRL's kernel in the forward of its fused LM head, which has no argument for one. Runs the kernel of
-    `use_kernel`, and TRL's where there is none. Can go when TRL's head takes another kernel.
+    `use_kernel`, and TRL's where there is none, on the device of the hidden states: Triton launches on the current one.
+    Can go when TRL's head takes another kernel, and does that.
     """
 
     @staticmethod
     def apply(*args: Any) -> tuple[torch.Tensor | None, ...]:
-        return (_kernel.get() or ChunkedLogProbFunction.apply)(*args)
+        with torch.accelerator.device_index(args[0].device.index):
+            return (_kernel.get() or ChunkedLogProbFunction.apply)(*args)
+
+
+def install_kernel_hook() -> None:
+    trl.trainer.utils._ChunkedLogProbFunction = _KernelHook
 
 
 @contextmanager
 def use_kernel(kernel: Kernel) -> Iterator[None]:
     """Has TRL's fused LM head call this kernel, in this thread alone. The first call installs the hook."""
-    trl.trainer.utils._ChunkedLogProbFunction = _KernelHook
+    install_kernel_hook()
     token = _kernel.set(kernel)
     try:
         yield

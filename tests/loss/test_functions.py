@@ -402,7 +402,10 @@ def test_impossible_target_of_weight_zero_leaves_the_loss_alone(factors, fused_h
     token_weights[~possible] = 0
     output = weighted_linear_cross_entropy(
         *(*inputs[:2], targets, token_weights, 3),
-        **{"bias": inputs[2], "scored": True, "fused_head": fused_head, "token_factors": factors},
+        bias=inputs[2],
+        scored=True,
+        fused_head=fused_head,
+        token_factors=factors,
     )
     expected = head_in_float64(inputs, targets, token_weights)
     terms = zip(token_weights.tolist(), expected["nll"], strict=True)

@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from accelerate.utils import is_peft_model
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from .._upstream import FusedCausalLMOutput, dequantized_weight, trained_copy, use_kernel
+from .._upstream import FusedCausalLMOutput, dequantized_weight, install_kernel_hook, trained_copy, use_kernel
 from .functions import not_zero, uses_one_pass, weighted_linear_cross_entropy, weighted_sum
 from .token_factors import TokenFactors
 
@@ -66,6 +67,57 @@ def prepare_lm_head(model: Any) -> None:
             plain.bias = head.bias
             model.set_output_embeddings(plain)
     causal_lm.get_output_embeddings = MethodType(_get_output_embeddings, causal_lm)
+    if hasattr(causal_lm, "hf_device_map"):  # so the head may be on another device than the current one
+        install_kernel_hook()
+    if type(causal_lm).__name__ == "Llama4ForCausalLM":  # whose own prefix names none of its modules
+        causal_lm.base_model_prefix = "model"
+
+
+_checked: WeakSet[torch.nn.Module] = WeakSet()
+
+
+@torch.no_grad()
+def check_logits(model: torch.nn.Module, inputs: dict[str, Any], fused_head: str) -> None:
+    """
+    Raises `ValueError` if the fused head scores tokens otherwise than the logits of the model, at the first call for a
+    model. The head takes the last hidden states, the output embeddings, and a scale and a soft cap by names that TRL
+    knows; what else a model does to its logits, or whether TRL finds all that, nothing tells but a comparison.
+
+    Arguments as in `weighted_forward`. All ranks must call it, as it runs the model, however it is wrapped.
+    """
+    causal_lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    if causal_lm in _checked:
+        return
+    name = type(causal_lm).__name__
+    labels = inputs["shift_labels" if "shift_labels" in inputs else "labels"]
+    # Targets, since the others may stand for images; as many on all ranks, and an even part of a sequence
+    tokens = torch.cat([labels[labels != -100], inputs["input_ids"].reshape(-1)])[:8].repeat(8)[None, :8]
+    inputs = {name: inputs[name] for name in ("use_cache", "output_router_logits") if name in inputs}
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            logits = model(input_ids=tokens, use_cache=False).logits[0, -8:-1].float()
+            inputs |= {"input_ids": tokens, "labels": tokens}
+            nll = -weighted_forward(model, inputs, torch.ones_like(tokens), 1, None, fused_head).log_probs[0]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"`{name}` does not run with TRL's fused LM head ({type(error).__name__}: {error}). If it is a "
+            "Mixture-of-Experts, set `router_aux_loss_coef=0`. If that is set, pass another model."
+        ) from error
+    finally:
+        for module in in_training:
+            module.training = True
+    expected = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    difference = (nll - expected).abs()
+    # What 16 bits may round, of the most likely logit and of the result
+    if (difference > 0.02 * logits.amax(1).abs() + 0.01 * expected).any():
+        raise ValueError(
+            f"`{name}` computes its logits in another way than TRL's fused LM head, which would train another model: "
+            f"losses of tokens differ by up to {difference.max():.3g} nats. Pass another model, or override "
+            "`compute_loss` with `wit_trl.wit_loss`, which takes the logits of the model."
+        )
+    _checked.add(causal_lm)
 
 
 def weighted_forward(
