@@ -97,9 +97,10 @@ def check_logits(model: torch.nn.Module, inputs: dict[str, Any], fused_head: str
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            logits = model(input_ids=tokens, use_cache=False).logits[0, -8:-1].float()
             inputs |= {"input_ids": tokens, "labels": tokens}
             nll = -weighted_forward(model, inputs, torch.ones_like(tokens), 1, None, fused_head).log_probs[0]
+            # Second, since ZeRO-3 would fetch the head ahead of the next call, in which TRL gathers it
+            logits = model(input_ids=tokens, use_cache=False).logits[0, -8:-1].float()
     except (AttributeError, IndexError, TypeError) as error:
         raise ValueError(
             f"`{name}` does not run with TRL's fused LM head ({type(error).__name__}: {error}). If it is a "
