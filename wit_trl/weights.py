@@ -38,12 +38,9 @@ def token_regions(example: dict[str, Any]) -> list[int]:
     """
     Returns the region of each token of a tokenized example: 1 completion, 0 prompt, -100 never a target.
 
-    The regions come from `"labels"` (-100 marks the prompt). Without these, they come from `"completion_mask"` and
-    `"assistant_masks"`: the completion is what both mark. Without any of them, every token is completion. A token with
-    `"attention_mask"` 0 is padding.
-
-    Raises:
-        `ValueError`: a column does not have one entry for each token, or holds other values.
+    The regions come from `"labels"` (-100 marks the prompt). Without these, the completion is what `"completion_mask"`
+    and `"assistant_masks"` both mark, or every token. A token with `"attention_mask"` 0 is padding. Raises `ValueError`
+    if a column does not have one entry for each token, or holds other values.
     """
     input_ids = _token_values(example, "input_ids")
     if len(input_ids) == 0 or input_ids.is_floating_point() or (input_ids < 0).any():
@@ -89,10 +86,8 @@ def _token_values(example: dict[str, Any], name: str) -> torch.Tensor:
 def token_weights(example: dict[str, Any]) -> torch.Tensor:
     """
     Returns the weight that the data gives each token of a tokenized example, in float32: its `"token_weights"` times
-    the `"weight"` of the row. What is missing or `None` is 1.
-
-    Raises:
-        `ValueError`: a weight is negative, not finite or not a number, or not every token has one.
+    the `"weight"` of the row. What is missing or `None` is 1. Raises `ValueError` if one is wrong, or not every token
+    has one.
     """
     length = len(example["input_ids"])
     weights = torch.ones(length)
@@ -106,7 +101,7 @@ def token_weights(example: dict[str, Any]) -> torch.Tensor:
     return weights * check_weight(example.get("weight"), "`weight`")
 
 
-def is_weight(value: float) -> bool:
+def is_weight(value: Any) -> bool:
     return value == 0 or _SMALLEST <= value <= _LARGEST
 
 
@@ -136,10 +131,7 @@ def check_weight(value: Any, name: str) -> float:
 def set_targets(
     batch: dict[str, Any], region: torch.Tensor, data_weights: torch.Tensor, loss_weights: tuple[float, float]
 ) -> None:
-    """
-    Sets `"completion_mask"`, `"token_weights"` and `"labels"` of a batch. They follow from the region and the data
-    weight of each token, both of the shape of `"input_ids"`, and from the weights of prompt and completion.
-    """
+    """Sets `"completion_mask"`, `"token_weights"` and `"labels"`, from what is known of each of the `"input_ids"`."""
     weights = data_weights * (region == 0) * loss_weights[0]
     weights += data_weights * (region == 1) * loss_weights[1]
     batch["completion_mask"] = region

@@ -35,12 +35,9 @@ def wit_loss(
     nothing predicts, is in neither sum.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, T, V)`):
-            Output of the language model.
-        labels (`torch.Tensor` of shape `(B, T)`):
-            Token ids, -100 where a token is no target.
-        token_weights (`torch.Tensor` of shape `(B, T)`):
-            Weight of each token as a target.
+        logits (`torch.Tensor` of shape `(B, T, V)`): Output of the language model.
+        labels (`torch.Tensor` of shape `(B, T)`): Token ids, -100 where a token is no target.
+        token_weights (`torch.Tensor` of shape `(B, T)`): Weight of each token as a target.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Divisor \\( N \\): the number of targets of the whole optimizer step, over all micro-batches and ranks.
             Defaults to the number of targets in this batch. Without any the loss is a differentiable zero.
@@ -50,9 +47,8 @@ def wit_loss(
         num_items_in_batch = (labels != -100).sum()
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     per_token_loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, T - 1)
-    # A token that the model finds impossible has an infinite loss, which no weight of 0 takes back
-    weighted_loss = (per_token_loss * token_weights).masked_fill(token_weights == 0, 0)
-    return weighted_loss.sum() / not_zero(num_items_in_batch)
+    # The loss of an impossible token is infinite, and times a weight of 0 it is none
+    return (per_token_loss * token_weights).masked_fill(token_weights == 0, 0).sum() / not_zero(num_items_in_batch)
 
 
 def not_zero(divisor: torch.Tensor | float) -> torch.Tensor:
@@ -99,26 +95,16 @@ def weighted_linear_cross_entropy(
     loss = (token_weights * nll).sum() / num_items_in_batch
     ```
 
-    The one-pass kernel forms the gradient in the forward pass, since the weights are known beforehand
-    ([`wit_trl.loss.one_pass`]); TRL's kernel computes the logits once more in the backward pass.
-
     Args:
-        hidden_states (`torch.Tensor` of shape `(N, H)`):
-            Hidden states, each of which predicts one target.
-        weight (`torch.Tensor` of shape `(V, H)`):
-            Weight of the head.
-        targets (`torch.Tensor` of shape `(N,)`):
-            Token ids. Where a token is not scored, any value.
-        token_weights (`torch.Tensor` of shape `(N,)`):
-            Weight of each target.
+        hidden_states (`torch.Tensor` of shape `(N, H)`): Hidden states, each of which predicts one target.
+        weight (`torch.Tensor` of shape `(V, H)`): Weight of the head.
+        targets (`torch.Tensor` of shape `(N,)`): Token ids. Where a token is not scored, any value.
+        token_weights (`torch.Tensor` of shape `(N,)`): Weight of each target.
         num_items_in_batch (`torch.Tensor` or `float`, *optional*):
             Divisor. Defaults to the number of targets whose weight is not zero. 0 means 1.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*):
-            Bias of the head.
-        logit_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the logits.
-        softcap (`float`, *optional*):
-            Soft cap of the scaled logits.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*): Bias of the head.
+        logit_scale (`float`, *optional*, defaults to `1.0`): Factor on the logits.
+        softcap (`float`, *optional*): Soft cap of the scaled logits.
         scored (`torch.Tensor` of shape `(N,)` or `bool`, *optional*):
             Which targets get per-token outputs, a superset of those whose weight is not zero, which is the default.
             `True` means all of them, for which the host need not wait for a device.
@@ -174,8 +160,8 @@ def _weighted_nll_of_trl(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, params: HeadParams
 ) -> tuple[torch.Tensor, TokenScores]:
     """
-    The same as `one_pass.weighted_nll` by TRL's kernel, which scores every target, with the weights applied to its
-    result. Without factors, or with all tokens scored, it does not make the host wait for the device.
+    Does the same as `one_pass.weighted_nll`, by TRL's kernel, which scores every target. Without factors, or with all
+    tokens scored, the host need not wait for the device.
     """
     temperature, outputs = 1.0, ("entropy", "is_top1")
     if bias is not None:  # impossible, but finite: TRL's kernel multiplies logits by probabilities of 0

@@ -37,9 +37,7 @@ def prepare_lm_head(model: Any) -> None:
 
     A quantized model gets a plain head, frozen, in the dtype of the model: the fused head multiplies by the head's
     weight itself, and that of a quantized head is packed. TRL's own loss of an 8-bit head is wrong without an error.
-
-    Raises:
-        `ValueError`: the model is an encoder-decoder; an adapter wraps the embeddings that the head shares.
+    Raises `ValueError` for an encoder-decoder, and if an adapter wraps the embeddings that the head shares.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(
@@ -79,11 +77,9 @@ _checked: WeakSet[torch.nn.Module] = WeakSet()
 @torch.no_grad()
 def check_logits(model: torch.nn.Module, inputs: dict[str, Any], fused_head: str) -> None:
     """
-    Raises `ValueError` if the fused head scores tokens otherwise than the logits of the model, at the first call for a
-    model. The head takes the last hidden states, the output embeddings, and a scale and a soft cap by names that TRL
-    knows; what else a model does to its logits, or whether TRL finds all that, nothing tells but a comparison.
-
-    Arguments as in `weighted_forward`. All ranks must call it, as it runs the model, however it is wrapped.
+    Raises `ValueError` if the fused head scores tokens otherwise than the logits of the model. It takes hidden states,
+    output embeddings, and a scale and a soft cap by names that TRL knows: what else a model does, only a comparison
+    tells. This is made at the first call for a model, which all ranks must make. Arguments as in `weighted_forward`.
     """
     causal_lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     if causal_lm in _checked:
@@ -133,10 +129,9 @@ def weighted_forward(
     Returns the output of TRL's fused LM head, with `loss` the weighted sum over the divisor, a scalar in nats. The
     per-token fields are unweighted, have no gradient, and are `(B, T - 1)`, or `(B, T)` with `"shift_labels"`.
 
-    The model was prepared by [`~trl.trainer.utils.add_fused_lm_head`] and `prepare_lm_head`, then wrapped in any way.
-    `inputs` are arguments of its forward. The `"labels"`, or the `"shift_labels"` at the position that predicts the
-    token, are -100 where a token is not scored. There its weight, at the position of its label, is 0. The other
-    arguments are those of [`weighted_linear_cross_entropy`].
+    The model was prepared by `prepare_lm_head`, then wrapped in any way. `inputs` are arguments of its forward. The
+    `"labels"`, or `"shift_labels"` at the position that predicts the token, are -100 where a token is not scored. There
+    its weight, at the position of its label, is 0. All else is as in [`weighted_linear_cross_entropy`].
     """
     if "shift_labels" in inputs:
         scored = inputs["shift_labels"] != -100
@@ -150,7 +145,7 @@ def weighted_forward(
         kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors)
         with _whole_head(), use_kernel(kernel):
             outputs = model(**inputs, fused_lm_head=True)
-        if not kernel.has_run:
+        if outputs.mean_logits is None:  # which ours returns
             raise RuntimeError(
                 "TRL's fused LM head ran another kernel than the one with the weights: it was called in another "
                 "thread, or this version of TRL chooses its kernel in another way. Launch a process for each device "
@@ -180,11 +175,9 @@ class _WeightedKernel:
     scored: torch.Tensor  # (B, T), whether the target has a label
     num_items_in_batch: torch.Tensor | float
     token_factors: TokenFactors | None
-    has_run: bool = False
 
     @torch.compiler.disable
     def __call__(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        self.has_run = True
         device = hidden_states.device
         token_weights, scored, divisor = (
             torch.as_tensor(x, device=device) for x in (self.token_weights, self.scored, self.num_items_in_batch)

@@ -38,14 +38,12 @@ def weighted_nll(
     """
     Returns the weighted sum of the negative log-likelihoods, and the scores of each target.
 
-    Tokens that are not scored are dropped before the projection. Since the weights are known beforehand, the gradient
-    is formed in the forward pass: for each chunk of tokens one matrix product gives the logits, their rows are
-    overwritten by their own gradient (in float32, rounded once), and two more products give the gradients of the hidden
-    states and of the head. The backward pass has nothing to do unless the loss is scaled.
+    Tokens that are not scored are dropped. Since the weights are known, the gradient is formed in the forward pass: for
+    each chunk of tokens one product gives the logits, their rows are overwritten by their own gradient (in float32,
+    rounded once), and two products give the gradients of hidden states and head. The backward pass scales them.
 
-    The gradient of a 16-bit head is summed over chunks in its own dtype up to four chunks (each rounds once, on top of
-    the float32 sums inside the product), in float32 above. In float16, where a gradient below 6e-8 is none, the rows
-    are scaled by a power of two, and the products stay in float32 until the backward pass takes it back.
+    The gradient of a 16-bit head is summed over up to four chunks in its own dtype, in float32 above. In float16, where
+    a gradient below 6e-8 is none, the rows are scaled by a power of two, and the products stay in float32.
     """
     if not torch.is_grad_enabled():  # else a parameter would get a gradient that nobody asks for
         hidden_states, weight = hidden_states.detach(), weight.detach()
@@ -80,7 +78,7 @@ class _WeightedNLL(torch.autograd.Function):
         in_float32 = n > _MAX_CHUNKS_IN_16_BITS * count or is_half or weight.dtype != hidden_states.dtype
         token_weights = params.token_weights.to(torch.float32, copy=True)  # which the factors multiply in place
         params = dataclasses.replace(params, token_weights=token_weights)
-        ctx.scale = None
+        ctx.scale = 1.0
         if hidden_states.dtype == torch.float16:
             largest = F.pad(token_weights.abs() * abs(params.logit_scale), (0, 1), value=1e-30).max()
             ctx.scale = torch.exp2(torch.floor(torch.log2(_LARGEST_GRADIENT_IN_FLOAT16 / largest)))
@@ -89,7 +87,7 @@ class _WeightedNLL(torch.autograd.Function):
         logits = hidden_states.new_empty(count, pitch)[:, :vocab]
         nll, entropy = hidden_states.new_empty(2, n, dtype=torch.float32)
         scores = TokenScores(nll, entropy, hidden_states.new_empty(n, dtype=torch.bool))
-        hidden_dtype = hidden_states.dtype if ctx.scale is None else torch.float32
+        hidden_dtype = torch.float32 if hidden_states.dtype == torch.float16 else hidden_states.dtype
         dtypes = (hidden_dtype, torch.float32 if in_float32 else weight.dtype, torch.float32)
         gradients = [
             torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
@@ -115,15 +113,14 @@ class _WeightedNLL(torch.autograd.Function):
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*scores)
         loss = (nll * token_weights).masked_fill_(token_weights == 0, 0).sum()  # where a nll may be infinite
-        return loss if ctx.scale is None else loss / ctx.scale, *scores
+        return loss / ctx.scale, *scores
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("The gradient of `weighted_linear_cross_entropy` is formed once and was already used.")
-        if ctx.scale is not None:
-            grad_output = grad_output / ctx.scale
+        grad_output = grad_output / ctx.scale
         # It is mostly 1, but a device would make the host wait for it
         if grad_output.device.type != "cpu" or grad_output != 1:
             gradients = [None if gradient is None else gradient.mul_(grad_output) for gradient in gradients]
@@ -176,13 +173,12 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
             torch.mul(torch.tanh(capped), params.softcap, out=z)
         z -= z.amax(1, keepdim=True)
         z_target = z.gather(1, target)
-        top1 = (z_target == 0).squeeze(1)
-        hits = top1.clone()  # the search for the first one takes as long as the exponential, so for these alone
-        top1[hits] = z[hits].argmax(1) == target[hits, 0]
+        hits = (z_target == 0).squeeze(1)
+        is_top1.copy_(hits)  # the search for the first one takes as long as the exponential, so for these alone
+        is_top1[hits] = z[hits].argmax(1) == target[hits, 0]
         exp = torch.exp(z, out=buffers[1, : len(raw)])
         normaliser = exp.sum(1, keepdim=True)
         log_normaliser = normaliser.log()
-        is_top1.copy_(top1)
         nll.copy_((log_normaliser - z_target).squeeze(1))
         entropy.copy_(log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z.clamp_(min=-1e3)) / normaliser.squeeze(1))
         if params.token_factors is not None:

@@ -15,9 +15,8 @@ _NUM_WARPS = 8
 
 def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:
     """
-    Does the same as `one_pass.score`: one program reads a row, and overwrites it while it is in the cache. Where
-    factors are to be asked for in between, the gradient is another launch, which reads the row again. What fills up a
-    row to its stride is read and written as well, so that all of it is wide loads and stores.
+    Does the same as `one_pass.score`: one program reads a row, and overwrites it while it is in the cache, or, after
+    factors, in another launch. What fills up a row to its stride is read and written too: all loads, stores are wide.
     """
     maximum, normaliser = torch.empty_like(scores.nll), torch.empty_like(scores.nll)
     softcap, factors = params.softcap, params.token_factors
