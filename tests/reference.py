@@ -1,5 +1,8 @@
 """The loss of the paper as plain loops, independent of the package, and tokens with their region."""
 
+import math
+import operator
+
 import torch
 
 
@@ -72,3 +75,18 @@ def token_metrics(model, rows, weights):
                 entropies.append(-(probabilities[t - 1] * probabilities[t - 1].log()).sum().item())
                 hits.append(int(probabilities[t - 1].argmax()) == row["input_ids"][t])
     return sum(entropies) / len(entropies), sum(hits) / len(hits)
+
+
+def head_in_float64(inputs, targets, weights):
+    """The weighted sum, and the nll and entropy of each target, of hidden states under a head with a bias."""
+    hidden_states, weight, bias = (x.tolist() for x in inputs)
+    result = {"loss": 0.0, "nll": [], "entropy": []}
+    for hidden, target, token_weight in zip(hidden_states, targets.tolist(), weights.tolist(), strict=True):
+        logits = [sum(map(operator.mul, hidden, row)) + b for row, b in zip(weight, bias, strict=True)]
+        log_normaliser = math.log(sum(math.exp(z) for z in logits))
+        nll = log_normaliser - logits[target]
+        log_probs = [z - log_normaliser for z in logits if z > -math.inf]
+        result["nll"].append(nll)
+        result["entropy"].append(-sum(math.exp(log_p) * log_p for log_p in log_probs))
+        result["loss"] += token_weight * nll if token_weight else 0
+    return result

@@ -3,17 +3,22 @@ What is relied on inside other packages. When a release changes one of these, it
 read it again there, mend what it breaks, and add the new hash.
 """
 
+import ast
+import contextlib
 import hashlib
 import importlib
 import inspect
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import trl.trainer.utils
+from torch._subclasses import FakeTensorMode
 from trl.kernels import ChunkedLogProbFunction
 
 from wit_trl import _upstream
+from wit_trl.loss.lm_head import prepare_lm_head
 
 
 # object: (parameters, hashes of its source in the releases that were run, who relies on it)
@@ -218,7 +223,12 @@ def test_a_change_is_named(monkeypatch):
 
 def test_every_name_from_elsewhere_is_in_the_table():
     listed = {path.partition(":")[2].rpartition(".")[2] for path in TABLE}
-    for name in _upstream.__all__:
+    package = Path(_upstream.__file__).parent
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in package.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in nodes if node.module == "_upstream" for alias in node.names}
+    assert {"tokenize_messages", "use_kernel"} <= names
+    for name in names:
         found = getattr(_upstream, name)
         if callable(found) and not found.__module__.startswith("wit_trl"):
             assert found.__name__ in listed, name
@@ -242,3 +252,25 @@ def test_kernel_is_given_back_after_an_error():
     with pytest.raises(RuntimeError, match="stop"), _upstream.use_kernel(print):
         raise RuntimeError("stop")
     assert _upstream._kernel.get() is None
+
+
+def test_hook_runs_on_the_device_of_a_model_that_is_split(make_model, monkeypatch):
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+    model = make_model()
+    prepare_lm_head(model)
+    assert trl.trainer.utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    prepare_lm_head(model)
+    devices, current = [], [0]
+
+    @contextlib.contextmanager
+    def device_index(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", lambda hidden_states: devices.append(current[-1]))
+    with FakeTensorMode():
+        trl.trainer.utils._ChunkedLogProbFunction.apply(torch.ones(2, device="cuda:1"))
+    assert devices == [1]

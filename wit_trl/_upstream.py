@@ -4,15 +4,10 @@ not do, and when it can go. `tests/test_upstream.py` holds the signature and the
 one, the test names it, and what stands here has to be read again.
 
 Two functions of other packages are replaced by hooks, where they are first needed: the kernel of TRL's LM head, where
-the one-pass head runs, and what skips batches, under DeepSpeed's sequence parallelism. For all others, also in another
-thread, a hook does what the function did.
+the one-pass head runs or a model is split over devices, and what skips batches, under DeepSpeed's sequence parallelism.
+For all others, also in another thread, a hook does what the function did.
 
-Private methods that are overridden stand where they belong:
-- `WITSFTTrainer`: `_prepare_dataset`, `_set_signature_columns_if_needed`, `_reject_skip_prepare_without_labels` of
-  `SFTTrainer`; `_prepare_inputs` of `Trainer`
-- `ParallelMixin`: `_run_epoch`, `_get_num_items_in_batch`, `_prepare_context_parallel_inputs` of `Trainer`, whose
-  context is a partial function with the buffers that it splits
-- `DataCollatorForWIT` and `DataCollatorForVisionLanguageWIT`: `torch_call` of TRL's collators
+Private methods that are overridden stand where they belong. The table of the test has them too.
 """
 
 import collections
@@ -36,30 +31,11 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, global_then_local_main_first
 
 
-__all__ = [
-    "TRAINER_STATE_NAME",
-    "FusedCausalLMOutput",
-    "common_prefix_length",
-    "dequantized_weight",
-    "get_config_model_id",
-    "get_dataset_column_names",
-    "global_then_local_main_first",
-    "keep_gradient_of_4bit_weights",
-    "record_replacements",
-    "restart",
-    "sort_checkpoints",
-    "tokenize_messages",
-    "trained_copy",
-    "use_kernel",
-]
-
-# TRL. `FusedCausalLMOutput`: the type that a model with TRL's fused LM head returns.
 # TRL. `tokenize_messages`, `common_prefix_length`, `get_dataset_column_names`, `get_config_model_id` and
 #   `global_then_local_main_first`: the same tokens, names and order of the ranks as in TRL. Helpers of TRL's own
 #   trainers; written anew they would part from them.
 # transformers. `TRAINER_STATE_NAME` and `sort_checkpoints`: which checkpoint is whole. `get_last_checkpoint`, the
 #   public way, takes one whose saving was cut off.
-
 
 Kernel = Callable[..., tuple[torch.Tensor | None, ...]]
 _kernel: ContextVar[Kernel | None] = ContextVar("wit_trl_kernel", default=None)
@@ -67,19 +43,24 @@ _kernel: ContextVar[Kernel | None] = ContextVar("wit_trl_kernel", default=None)
 
 class _KernelHook:
     """
-    Stands for TRL's kernel in the forward of its fused LM head, which has no argument for one. Runs the kernel of
-    `use_kernel`, and TRL's where there is none. Can go when TRL's head takes another kernel.
+    Stands for TRL's kernel in the forward of its fused LM head, which has no argument for one. Runs that of
+    `use_kernel`, or TRL's, on the device of the hidden states. Can go when TRL does both.
     """
 
     @staticmethod
     def apply(*args: Any) -> tuple[torch.Tensor | None, ...]:
-        return (_kernel.get() or ChunkedLogProbFunction.apply)(*args)
+        with torch.accelerator.device_index(args[0].device.index):
+            return (_kernel.get() or ChunkedLogProbFunction.apply)(*args)
+
+
+def install_kernel_hook() -> None:
+    trl.trainer.utils._ChunkedLogProbFunction = _KernelHook
 
 
 @contextmanager
 def use_kernel(kernel: Kernel) -> Iterator[None]:
     """Has TRL's fused LM head call this kernel, in this thread alone. The first call installs the hook."""
-    trl.trainer.utils._ChunkedLogProbFunction = _KernelHook
+    install_kernel_hook()
     token = _kernel.set(kernel)
     try:
         yield

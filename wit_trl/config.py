@@ -1,7 +1,6 @@
 """`WITSFTConfig`: the weights and the form of the loss, and what contradicts them."""
 
 import dataclasses
-import math
 import numbers
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from trl import SFTConfig
 from ._upstream import get_config_model_id
 from .loss.functions import FUSED_HEADS
 from .loss.token_factors import TOKEN_FACTORS
-from .weights import StructureWeights
+from .weights import WEIGHT_RANGE, StructureWeights, is_weight
 
 
 # What decides about the weights of tokens, besides the data. A collator has the fields that it needs
@@ -207,6 +206,6 @@ class WITSFTConfig(SFTConfig):
 
 
 def _check_loss_weight(weight: Any, name: str) -> float:
-    if not isinstance(weight, numbers.Real) or not math.isfinite(weight) or weight < 0:
-        raise ValueError(f"{name} is {weight!r}, but a weight must be a finite number that is not negative.")
+    if not isinstance(weight, numbers.Real) or not is_weight(weight):
+        raise ValueError(f"{name} is {weight!r}, but {WEIGHT_RANGE}")
     return float(weight)  # numpy's numbers cannot be written to JSON

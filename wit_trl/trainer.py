@@ -18,7 +18,7 @@ from .data.columns import MESSAGE_COLUMNS, check_train_dataset
 from .data.preparation import DataPreparation
 from .data.training_rows import TrainingRows, check_image_rows, prepare_rows
 from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
-from .loss.lm_head import prepare_lm_head, weighted_forward
+from .loss.lm_head import check_logits, prepare_lm_head, weighted_forward
 from .loss.token_factors import TOKEN_FACTORS, NamedFactors
 from .report.weight_report import WeightReport, print_report, weigh
 from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
@@ -237,6 +237,7 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         divisor = self.loss_divisor(token_weights, num_items_in_batch)
         factors = self._factors_in_use() if self.model.training else None
         function = None if factors is None else factors.function
+        check_logits(model, inputs, self.args.fused_head)
         with explain_cut_images(self.args.max_length):
             outputs = weighted_forward(model, inputs, token_weights, divisor, function, self.args.fused_head)
 

@@ -19,7 +19,9 @@ NO_CONVERSATION_MESSAGE = (
 )
 # The columns of tokenized data that tell prompt and completion apart
 MASK_COLUMNS = ("labels", "completion_mask", "assistant_masks")
-_LARGEST = 1e38  # nearly the largest number that float32 holds
+# Below the first a product of three is 0 in float32, above the second there is none
+_SMALLEST, _LARGEST = 1e-12, 1e38
+WEIGHT_RANGE = f"a weight must be a finite number (no text) that is not negative: 0, or {_SMALLEST} to {_LARGEST}."
 REGIONS = {0: "prompt", 1: "completion", -100: "never a target"}
 
 
@@ -36,12 +38,9 @@ def token_regions(example: dict[str, Any]) -> list[int]:
     """
     Returns the region of each token of a tokenized example: 1 completion, 0 prompt, -100 never a target.
 
-    The regions come from `"labels"` (-100 marks the prompt). Without these, they come from `"completion_mask"` and
-    `"assistant_masks"`: the completion is what both mark. Without any of them, every token is completion. A token with
-    `"attention_mask"` 0 is padding.
-
-    Raises:
-        `ValueError`: a column does not have one entry for each token, or holds other values.
+    The regions come from `"labels"` (-100 marks the prompt). Without these, the completion is what `"completion_mask"`
+    and `"assistant_masks"` both mark, or every token. A token with `"attention_mask"` 0 is padding. Raises `ValueError`
+    if a column does not have one entry for each token, or holds other values.
     """
     input_ids = _token_values(example, "input_ids")
     if len(input_ids) == 0 or input_ids.is_floating_point() or (input_ids < 0).any():
@@ -87,10 +86,8 @@ def _token_values(example: dict[str, Any], name: str) -> torch.Tensor:
 def token_weights(example: dict[str, Any]) -> torch.Tensor:
     """
     Returns the weight that the data gives each token of a tokenized example, in float32: its `"token_weights"` times
-    the `"weight"` of the row. What is missing or `None` is 1.
-
-    Raises:
-        `ValueError`: a weight is negative, not finite or not a number, or not every token has one.
+    the `"weight"` of the row. What is missing or `None` is 1. Raises `ValueError` if one is wrong, or not every token
+    has one.
     """
     length = len(example["input_ids"])
     weights = torch.ones(length)
@@ -104,22 +101,26 @@ def token_weights(example: dict[str, Any]) -> torch.Tensor:
     return weights * check_weight(example.get("weight"), "`weight`")
 
 
+def is_weight(value: Any) -> bool:
+    return value == 0 or _SMALLEST <= value <= _LARGEST
+
+
 def check_weights(values: Any, name: str) -> torch.Tensor:
-    """Returns weights as a tensor in float32. Raises `ValueError` unless all are finite and none is negative."""
+    """Returns weights as a tensor in float32. Raises `ValueError` unless each is 0 or in the range of weights."""
     try:
-        weights = torch.as_tensor(values, dtype=torch.float32)
+        weights = torch.as_tensor(values, dtype=torch.float64)
     except (OverflowError, TypeError, ValueError, RuntimeError):  # torch raises them all for what is not a number
         weights = torch.tensor(torch.nan)
-    if not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"{name} is {values!r}, but a weight must be a finite number (no text) that is not negative.")
-    return weights
+    if not ((weights == 0) | (weights >= _SMALLEST) & (weights <= _LARGEST)).all():
+        raise ValueError(f"{name} is {values!r}, but {WEIGHT_RANGE}")
+    return weights.float()
 
 
 def check_weight(value: Any, name: str) -> float:
-    """Returns one weight, 1 for `None`. Raises `ValueError` unless it is a finite number that is not negative."""
+    """Returns one weight, 1 for `None`. Raises `ValueError` unless it is 0 or in the range of weights."""
     if value is None:
         return 1.0
-    if type(value) in (int, float) and 0 <= value <= _LARGEST:  # most weights, so without a tensor
+    if type(value) in (int, float) and is_weight(value):  # most weights, so without a tensor
         return float(value)
     weight = check_weights(value, name)
     if weight.ndim > 0:
@@ -130,10 +131,7 @@ def check_weight(value: Any, name: str) -> float:
 def set_targets(
     batch: dict[str, Any], region: torch.Tensor, data_weights: torch.Tensor, loss_weights: tuple[float, float]
 ) -> None:
-    """
-    Sets `"completion_mask"`, `"token_weights"` and `"labels"` of a batch. They follow from the region and the data
-    weight of each token, both of the shape of `"input_ids"`, and from the weights of prompt and completion.
-    """
+    """Sets `"completion_mask"`, `"token_weights"` and `"labels"`, from what is known of each of the `"input_ids"`."""
     weights = data_weights * (region == 0) * loss_weights[0]
     weights += data_weights * (region == 1) * loss_weights[1]
     batch["completion_mask"] = region

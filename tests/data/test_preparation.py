@@ -178,10 +178,17 @@ def test_weights_stay_in_evaluation(weighted_rows, make_model, tokenizer, config
     ("wrong", "message"),
     [
         ({"weight": -1.0}, r"Row 1 of the train dataset: `weight` is -1.0, but a weight must be a finite number"),
+        (
+            {"weight": 1e39},
+            r"Row 1 .*: `weight` is 1e\+39, but a weight must be .* 0, or 1e-12 to 1e\+38",
+        ),
+        ({"weight": 1e-50}, "Row 1 .*: `weight` is 1e-50, but"),
         ({"weight": math.nan}, "Row 1 of the train dataset: `weight` is nan, but"),
         ({"weight": math.inf}, "Row 1 of the train dataset: `weight` is inf, but"),
         ({"token_weights": [1.0, 1.0]}, "Row 1 .*: `token_weights` has 2 entries, but `input_ids` has 3"),
         ({"token_weights": [1.0, -0.5, 1.0]}, "Row 1 of the train dataset: `token_weights` is .*-0.5.*, but"),
+        ({"token_weights": [1.0, 1e-50, 1.0]}, "Row 1 of the train dataset: `token_weights` is .*1e-50.*, but"),
+        ({"token_weights": [1.0, 1e39, 1.0]}, r"Row 1 of the train dataset: `token_weights` is .*1e\+39.*, but"),
         ({"token_weights": [1.0, None, 1.0]}, "Row 1 of the train dataset: `token_weights` is .*None.*, but"),
     ],
 )

@@ -1,12 +1,17 @@
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from trl.kernels import ChunkedLogProbFunction
 
 from wit_trl import weighted_linear_cross_entropy, wit_loss
 from wit_trl.loss import one_pass
+from wit_trl.loss.params import HeadParams
+
+from ..reference import head_in_float64
 
 
 def batch(dtype=torch.float64):
@@ -365,3 +370,141 @@ def test_kernel_of_trl_equals_the_one_pass_kernel(monkeypatch):
         results.append([*output, *(x.grad for x in inputs)])
     for one_pass_result, trl_result in zip(*results, strict=True):
         torch.testing.assert_close(trl_result, one_pass_result)
+
+
+@pytest.mark.parametrize("fused_head", ["one_pass", "trl"])
+@pytest.mark.parametrize("impossible", [slice(0, 40), slice(60, 61)])
+def test_impossible_tokens_have_neither_entropy_nor_gradient(impossible, fused_head, chunks, monkeypatch):
+    monkeypatch.setattr("wit_trl.loss.functions._VOCABULARY_CHUNK", 32)
+    inputs, targets, token_weights = head_inputs(20)
+    with torch.no_grad():
+        inputs[2][impossible] = -torch.inf
+    targets = targets % 40 + 61
+    output = weighted_linear_cross_entropy(
+        *(*inputs[:2], targets, token_weights, 3), bias=inputs[2], scored=True, fused_head=fused_head
+    )
+    output.loss.backward()
+    expected = head_in_float64(inputs, targets, token_weights)
+    assert output.loss.item() == pytest.approx(expected["loss"] / 3, rel=1e-5)
+    assert output.nll.tolist() == pytest.approx(expected["nll"], rel=1e-4)
+    assert output.entropy.tolist() == pytest.approx(expected["entropy"], rel=1e-4)
+    assert not inputs[2].grad[impossible].any()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
+@pytest.mark.parametrize("fused_head", ["one_pass", "trl"])
+@pytest.mark.parametrize("factors", [None, lambda nll, entropy: torch.exp(-nll)])
+def test_impossible_target_of_weight_zero_leaves_the_loss_alone(factors, fused_head):
+    inputs, targets, token_weights = head_inputs(20)
+    with torch.no_grad():
+        inputs[2][targets[3]] = -torch.inf
+    possible = targets != targets[3]
+    token_weights[~possible] = 0
+    output = weighted_linear_cross_entropy(
+        *(*inputs[:2], targets, token_weights, 3),
+        bias=inputs[2],
+        scored=True,
+        fused_head=fused_head,
+        token_factors=factors,
+    )
+    expected = head_in_float64(inputs, targets, token_weights)
+    terms = zip(token_weights.tolist(), expected["nll"], strict=True)
+    factor = (lambda nll: 1) if factors is None else (lambda nll: math.exp(-nll))
+    assert output.loss.item() == pytest.approx(sum(w * nll * factor(nll) for w, nll in terms if w) / 3, rel=1e-5)
+    output.loss.backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
+def test_impossible_target_of_weight_zero_leaves_the_reference_form_alone():
+    logits, labels, weights = batch()
+    labels[0, 1] = -100
+    expected = reference(logits, labels, weights, 9)
+    labels[0, 1], weights[0, 1] = 3, 0.0
+    with torch.no_grad():
+        logits[0, 0, 3] = -torch.inf
+    loss = wit_loss(logits, labels, weights, 9)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-7)
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("fused_head", ["one_pass", "trl"])
+@pytest.mark.parametrize("target", [-1, -100, VOCAB])
+def test_target_that_is_no_token_is_refused_where_it_is_scored(target, fused_head):
+    inputs, targets, token_weights = head_inputs(20, bias=False)
+    expected = weighted_linear_cross_entropy(*inputs, targets, token_weights, fused_head=fused_head)
+    targets[token_weights == 0] = target
+    output = weighted_linear_cross_entropy(*inputs, targets, token_weights, fused_head=fused_head)
+    assert torch.equal(output.loss, expected.loss)
+    targets[token_weights.argmax()] = target
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        weighted_linear_cross_entropy(*inputs, targets, token_weights, fused_head=fused_head)
+
+
+@pytest.mark.parametrize("token_weight", [0.8, 1.0, 1.9999])
+def test_float16_has_room_for_factors_of_64(token_weight):
+    """Of an improbable target, whose gradient is the largest."""
+    hidden_states, weight = torch.ones(2, HIDDEN, dtype=torch.float16), torch.zeros(VOCAB, HIDDEN).half()
+    weight[5] = 2
+    inputs = [hidden_states.requires_grad_(), weight.requires_grad_()]
+    targets, token_weights = torch.tensor([3, 7]), torch.full((2,), token_weight)
+    loss = weighted_linear_cross_entropy(
+        *inputs, targets, token_weights, token_factors=lambda nll, entropy: torch.full_like(nll, 64)
+    ).loss
+    loss.backward()
+    *_, gradients = full_logits(inputs, targets, token_weights)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert relative_error(x.grad, gradient * 64) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_logit_scale_of_zero(dtype):
+    inputs, targets, token_weights = head_inputs(20, dtype, bias=False)
+    output = weighted_linear_cross_entropy(*inputs, targets, token_weights, logit_scale=0.0)
+    output.loss.backward()
+    expected = (token_weights.sum() * math.log(VOCAB) / token_weights.count_nonzero()).item()
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert not any(x.grad.any() for x in inputs)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("tensor_class", [torch.Tensor, OnGPU])
+def test_blocks_of_a_gpu_without_triton_are_large(tensor_class, monkeypatch):
+    monkeypatch.setattr(one_pass, "rows", None)
+    inputs, targets, token_weights = head_inputs(2000, bias=False)
+    monkeypatch.setattr(one_pass, "_BLOCK_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(one_pass, "_CHUNK_BYTES", 4 * VOCAB * 1000)
+    blocks = []
+    monkeypatch.setattr(torch, "exp", lambda z, **kwargs: blocks.append(len(z)) or z.exp())
+    params = HeadParams(targets, token_weights, True, 1.0, None, None)
+    with torch.no_grad():
+        one_pass.weighted_nll(inputs[0].detach().as_subclass(tensor_class), inputs[1], None, params)
+    assert len(blocks) == (1 if tensor_class is OnGPU else 500)
+
+
+def test_kernel_of_trl_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    devices, current = [], [0]
+
+    @contextlib.contextmanager
+    def device_index(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    def apply(hidden_states, *args):
+        devices.append((hidden_states.device.index, current[-1]))
+        return [hidden_states.sum(1)] * 5
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", apply)
+    with FakeTensorMode():
+        inputs = [torch.ones(size, HIDDEN, device="cuda:1") for size in (4, VOCAB)]
+        weighted_linear_cross_entropy(
+            *inputs, torch.ones(4, device="cuda:1").long(), torch.ones(4, device="cuda:1"), 3, fused_head="trl"
+        )
+    assert devices == [(1, 1)]

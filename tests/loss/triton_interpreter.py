@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.reference import head_in_float64
 from wit_trl import weighted_linear_cross_entropy
 from wit_trl.loss import one_pass, rows
 from wit_trl.loss.params import HeadParams, TokenScores
@@ -151,12 +152,40 @@ def test_evaluation_leaves_the_logits_alone():
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_a_factor_of_one_touches_no_value(dtype, on_triton):
-    on_triton.append("needs no rows")
-    values = torch.randn(3, 5000).to(dtype)
-    expected, nan = values * 3, torch.full_like(values, torch.nan)
-    assert torch.equal(rows.multiply(nan.clone(), torch.tensor(1.0)).isnan(), nan.isnan())
-    before = values.clone()
-    assert torch.equal(rows.multiply(values, torch.tensor(1.0)), before)
-    torch.testing.assert_close(rows.multiply(values, torch.tensor(3.0)), expected)
+def test_strided_targets():
+    inputs, targets, weights = make_inputs(torch.float32, 101, bias=False)
+    strided = torch.stack([targets, targets + 1], dim=1)[:, 0]
+    output = weighted_linear_cross_entropy(*inputs, strided, weights, 1, scored=True)
+    output.loss.backward()
+    loss, _, nll, _, gradients = reference(inputs, targets, weights, 1, 1.0, None)
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(output.nll, nll.float())
+    assert relative_error(inputs[1].grad, gradients[1]) < 1e-6
+
+
+@pytest.mark.parametrize("target", [-1, -100, 101])
+def test_target_that_is_no_token_reads_nothing(target, on_triton):
+    on_triton.append("is refused before")
+    inputs, targets, weights = make_inputs(torch.float32, 101, bias=False)
+    targets[2] = target
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        weighted_linear_cross_entropy(*inputs, targets, weights)
+
+
+@pytest.mark.parametrize("impossible", [slice(0, 1030), slice(500, 2000), slice(1499, 1500)])
+def test_impossible_tokens_have_neither_entropy_nor_gradient(impossible, monkeypatch):
+    """The first of them fills a block of columns, the second too."""
+    monkeypatch.setattr(rows, "_COLUMNS", 512)
+    inputs, targets, weights = make_inputs(torch.float32, 2100, bias=True)
+    with torch.no_grad():
+        inputs[2][impossible] = -torch.inf
+    targets[:] = torch.tensor([1100, 1499, 2050, 2099])
+    weights[inputs[2][targets].isinf()] = 0
+    output = weighted_linear_cross_entropy(*inputs[:2], targets, weights, 1, bias=inputs[2], scored=True)
+    output.loss.backward()
+    expected = head_in_float64(inputs, targets, weights)
+    assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-6)
+    assert output.nll.tolist() == pytest.approx(expected["nll"], rel=1e-5)
+    assert output.entropy.tolist() == pytest.approx(expected["entropy"], rel=1e-5)
+    assert not inputs[2].grad[impossible].any()
+    assert torch.stack([x.grad.isfinite().all() for x in inputs]).all()

@@ -10,6 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT
+from wit_trl.loss.lm_head import check_logits
 
 from ..helpers import WEIGHTS, StepRecorder, make_trainer
 from ..reference import formula
@@ -85,6 +86,7 @@ def test_loss_does_not_make_the_host_wait(head, rows, make_model, tokenizer, con
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
     trainer.model.train()
     batch = trainer.data_collator(rows[:2])
+    check_logits(trainer.model, batch, "auto")  # once in a training
     with SynchronisationCounter() as forward:
         trainer.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}, fused_lm_head=True)
     with SynchronisationCounter() as step:
@@ -293,5 +295,6 @@ def test_divisor_counts_for_models_that_take_no_loss_arguments(head, rows, make_
 
 def test_full_logits_are_never_built_in_training(head, rows, make_model, tokenizer, config_kwargs):
     trainer = make_trainer(make_model, tokenizer, rows, config_kwargs)
+    check_logits(trainer.model, trainer.data_collator(rows[:2]), "auto")  # of a few tokens it builds them
     trainer.model.lm_head.forward = lambda hidden_states: pytest.fail("the LM head ran on every position")
     trainer.train()

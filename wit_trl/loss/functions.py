@@ -35,12 +35,9 @@ def wit_loss(
     nothing predicts, is in neither sum.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, T, V)`):
-            Output of the language model.
-        labels (`torch.Tensor` of shape `(B, T)`):
-            Token ids, -100 where a token is no target.
-        token_weights (`torch.Tensor` of shape `(B, T)`):
-            Weight of each token as a target.
+        logits (`torch.Tensor` of shape `(B, T, V)`): Output of the language model.
+        labels (`torch.Tensor` of shape `(B, T)`): Token ids, -100 where a token is no target.
+        token_weights (`torch.Tensor` of shape `(B, T)`): Weight of each token as a target.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             Divisor \\( N \\): the number of targets of the whole optimizer step, over all micro-batches and ranks.
             Defaults to the number of targets in this batch. Without any the loss is a differentiable zero.
@@ -50,7 +47,8 @@ def wit_loss(
         num_items_in_batch = (labels != -100).sum()
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     per_token_loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")  # (B, T - 1)
-    return (per_token_loss * token_weights).sum() / not_zero(num_items_in_batch)
+    # The loss of an impossible token is infinite, and times a weight of 0 it is none
+    return (per_token_loss * token_weights).masked_fill(token_weights == 0, 0).sum() / not_zero(num_items_in_batch)
 
 
 def not_zero(divisor: torch.Tensor | float) -> torch.Tensor:
@@ -60,21 +58,12 @@ def not_zero(divisor: torch.Tensor | float) -> torch.Tensor:
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """
-    Output of [`weighted_linear_cross_entropy`]. The per-token fields carry no gradient and are zero where a token is
-    not scored.
+    """Output of [`weighted_linear_cross_entropy`]. What is not the loss has no gradient, and is 0 if not scored."""
 
-    Args:
-        loss (`torch.Tensor`): Weighted negative log-likelihood over the divisor, a float32 scalar in nats.
-        nll (`torch.Tensor` of shape `(N,)`): Unweighted negative log-likelihood of each target, in nats.
-        entropy (`torch.Tensor` of shape `(N,)`): Entropy of each predicted distribution, in nats.
-        is_top1 (`torch.Tensor` of shape `(N,)`): Whether the target is the most likely token.
-    """
-
-    loss: torch.Tensor
-    nll: torch.Tensor
-    entropy: torch.Tensor
-    is_top1: torch.Tensor
+    loss: torch.Tensor  # weighted negative log-likelihood over the divisor, a float32 scalar in nats
+    nll: torch.Tensor  # (N,), unweighted negative log-likelihood of each target, in nats
+    entropy: torch.Tensor  # (N,), of each predicted distribution, in nats
+    is_top1: torch.Tensor  # (N,), whether the target is the most likely token
 
 
 def weighted_linear_cross_entropy(
@@ -106,26 +95,16 @@ def weighted_linear_cross_entropy(
     loss = (token_weights * nll).sum() / num_items_in_batch
     ```
 
-    The one-pass kernel forms the gradient in the forward pass, since the weights are known beforehand
-    ([`wit_trl.loss.one_pass`]); TRL's kernel computes the logits once more in the backward pass.
-
     Args:
-        hidden_states (`torch.Tensor` of shape `(N, H)`):
-            Hidden states, each of which predicts one target.
-        weight (`torch.Tensor` of shape `(V, H)`):
-            Weight of the head.
-        targets (`torch.Tensor` of shape `(N,)`):
-            Token ids. Where a token is not scored, any value.
-        token_weights (`torch.Tensor` of shape `(N,)`):
-            Weight of each target.
+        hidden_states (`torch.Tensor` of shape `(N, H)`): Hidden states, each of which predicts one target.
+        weight (`torch.Tensor` of shape `(V, H)`): Weight of the head.
+        targets (`torch.Tensor` of shape `(N,)`): Token ids. Where a token is not scored, any value.
+        token_weights (`torch.Tensor` of shape `(N,)`): Weight of each target.
         num_items_in_batch (`torch.Tensor` or `float`, *optional*):
             Divisor. Defaults to the number of targets whose weight is not zero. 0 means 1.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*):
-            Bias of the head.
-        logit_scale (`float`, *optional*, defaults to `1.0`):
-            Factor on the logits.
-        softcap (`float`, *optional*):
-            Soft cap of the scaled logits.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*): Bias of the head.
+        logit_scale (`float`, *optional*, defaults to `1.0`): Factor on the logits.
+        softcap (`float`, *optional*): Soft cap of the scaled logits.
         scored (`torch.Tensor` of shape `(N,)` or `bool`, *optional*):
             Which targets get per-token outputs, a superset of those whose weight is not zero, which is the default.
             `True` means all of them, for which the host need not wait for a device.
@@ -138,12 +117,17 @@ def weighted_linear_cross_entropy(
 
     Raises:
         `ValueError`: there is no such `fused_head`.
-        `RuntimeError`: the loss is differentiated a second time.
+        `RuntimeError`: the loss is differentiated a second time; a scored target is no row of the head (on a GPU, a
+        device-side assertion).
     """
     num_items_in_batch = token_weights.count_nonzero() if num_items_in_batch is None else num_items_in_batch
     scored = token_weights != 0 if scored is None else scored
     kernel = one_pass.weighted_nll if uses_one_pass(fused_head, hidden_states.device) else _weighted_nll_of_trl
     token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
+    if isinstance(scored, torch.Tensor):
+        targets = targets.where(scored, 0)
+    # The same, without strides, but indexing refuses what is no token, which a kernel would read from foreign memory
+    targets = torch.arange(len(weight), device=targets.device).gather(0, targets)
     params = HeadParams(targets, token_weights, scored, logit_scale, softcap, token_factors)
     loss, scores = kernel(hidden_states, weight, bias, params)
     return LinearCrossEntropyOutput(loss, *scores)
@@ -169,21 +153,24 @@ def weighted_sum(
         token_weights = token_weights.clone()
         with torch.no_grad():
             token_weights[index] *= token_factors(nll[index].clone(), entropy[index].clone())
-    return (nll * token_weights).sum()
+    return (nll * token_weights).masked_fill(token_weights == 0, 0).sum()  # where a nll may be infinite
 
 
 def _weighted_nll_of_trl(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, params: HeadParams
 ) -> tuple[torch.Tensor, TokenScores]:
     """
-    The same as `one_pass.weighted_nll` by TRL's kernel, which scores every target, with the weights applied to its
-    result. Without factors, or with all tokens scored, it does not make the host wait for the device.
+    Does the same as `one_pass.weighted_nll`, by TRL's kernel, which scores every target. Without factors, or with all
+    tokens scored, the host need not wait for the device.
     """
     temperature, outputs = 1.0, ("entropy", "is_top1")
-    log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
-        *(hidden_states, weight, bias, params.targets.clamp(min=0)),
-        *(temperature, _VOCABULARY_CHUNK, params.softcap, params.logit_scale, outputs),
-    )
+    if bias is not None:  # impossible, but finite: TRL's kernel multiplies logits by probabilities of 0
+        bias = bias.clamp(min=-1e4)
+    with torch.accelerator.device_index(hidden_states.device.index):  # Triton launches on the current device
+        log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
+            *(hidden_states, weight, bias, params.targets),
+            *(temperature, _VOCABULARY_CHUNK, params.softcap, params.logit_scale, outputs),
+        )
     nll, entropy, token_weights, scored = -log_probs, entropy.detach(), params.token_weights, params.scored
     if isinstance(scored, torch.Tensor):
         nll, entropy, token_weights = (x.where(scored, 0) for x in (nll, entropy, token_weights))

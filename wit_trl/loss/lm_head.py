@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -25,31 +26,25 @@ from accelerate.utils import is_peft_model
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
-from .._upstream import FusedCausalLMOutput, dequantized_weight, trained_copy, use_kernel
+from .._upstream import FusedCausalLMOutput, dequantized_weight, install_kernel_hook, trained_copy, use_kernel
 from .functions import not_zero, uses_one_pass, weighted_linear_cross_entropy, weighted_sum
 from .token_factors import TokenFactors
 
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-
-def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
+def prepare_lm_head(model: Any) -> None:
     """
-    Prepares a model with TRL's fused LM head for `weighted_forward`.
+    Prepares a `PreTrainedModel` or `PeftModel` with TRL's fused LM head for `weighted_forward`.
 
     A quantized model gets a plain head, frozen, in the dtype of the model: the fused head multiplies by the head's
     weight itself, and that of a quantized head is packed. TRL's own loss of an 8-bit head is wrong without an error.
-
-    Raises:
-        `ValueError`: the model is an encoder-decoder; an adapter wraps the embeddings that the head shares.
+    Raises `ValueError` for an encoder-decoder, and if an adapter wraps the embeddings that the head shares.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"`{type(model).__name__}` is an encoder-decoder, which has no prompt in the sequence that it predicts. "
             "Pass a causal language model."
         )
-    causal_lm: Any = model
+    causal_lm = model
     if is_peft_model(model):
         from peft.utils.other import TrainableTokensWrapper
 
@@ -70,6 +65,56 @@ def prepare_lm_head(model: "PreTrainedModel | PeftModel") -> None:
             plain.bias = head.bias
             model.set_output_embeddings(plain)
     causal_lm.get_output_embeddings = MethodType(_get_output_embeddings, causal_lm)
+    if hasattr(causal_lm, "hf_device_map"):  # so the head may be on another device than the current one
+        install_kernel_hook()
+    if type(causal_lm).__name__ == "Llama4ForCausalLM":  # whose own prefix names none of its modules
+        causal_lm.base_model_prefix = "model"
+
+
+_checked: WeakSet[torch.nn.Module] = WeakSet()
+
+
+@torch.no_grad()
+def check_logits(model: torch.nn.Module, inputs: dict[str, Any], fused_head: str) -> None:
+    """
+    Raises `ValueError` if the fused head scores tokens otherwise than the logits of the model. It takes hidden states,
+    output embeddings, and a scale and a soft cap by names that TRL knows: what else a model does, only a comparison
+    tells. This is made at the first call for a model, which all ranks must make. Arguments as in `weighted_forward`.
+    """
+    causal_lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    if causal_lm in _checked:
+        return
+    name = type(causal_lm).__name__
+    labels = inputs["shift_labels" if "shift_labels" in inputs else "labels"]
+    # Targets, since the others may stand for images; as many on all ranks, and an even part of a sequence
+    tokens = torch.cat([labels[labels != -100], inputs["input_ids"].reshape(-1)])[:8].repeat(8)[None, :8]
+    inputs = {name: inputs[name] for name in ("use_cache", "output_router_logits") if name in inputs}
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            inputs |= {"input_ids": tokens, "labels": tokens}
+            nll = -weighted_forward(model, inputs, torch.ones_like(tokens), 1, None, fused_head).log_probs[0]
+            # Second, since ZeRO-3 would fetch the head ahead of the next call, in which TRL gathers it
+            logits = model(input_ids=tokens, use_cache=False).logits[0, -8:-1].float()
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"`{name}` does not run with TRL's fused LM head ({type(error).__name__}: {error}). If it is a "
+            "Mixture-of-Experts, set `router_aux_loss_coef=0`. If that is set, pass another model."
+        ) from error
+    finally:
+        for module in in_training:
+            module.training = True
+    expected = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+    difference = (nll - expected).abs()
+    # What 16 bits may round, of the most likely logit and of the result
+    if (difference > 0.02 * logits.amax(1).abs() + 0.01 * expected).any():
+        raise ValueError(
+            f"`{name}` computes its logits in another way than TRL's fused LM head, which would train another model: "
+            f"losses of tokens differ by up to {difference.max():.3g} nats. Pass another model, or override "
+            "`compute_loss` with `wit_trl.wit_loss`, which takes the logits of the model."
+        )
+    _checked.add(causal_lm)
 
 
 def weighted_forward(
@@ -81,22 +126,12 @@ def weighted_forward(
     fused_head: str = "auto",
 ) -> FusedCausalLMOutput:
     """
-    Calls a model that has TRL's fused LM head and weighs what it returns, without building the logits.
+    Returns the output of TRL's fused LM head, with `loss` the weighted sum over the divisor, a scalar in nats. The
+    per-token fields are unweighted, have no gradient, and are `(B, T - 1)`, or `(B, T)` with `"shift_labels"`.
 
-    Returns the output of TRL, with `loss` the weighted sum over the divisor, a scalar in nats. The per-token fields are
-    unweighted, have no gradient, and are `(B, T - 1)`, or `(B, T)` with `"shift_labels"`.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model prepared by [`~trl.trainer.utils.add_fused_lm_head`] and `prepare_lm_head`, then wrapped in any way.
-        inputs (`dict[str, Any]`):
-            Arguments of its forward. `"labels"` is -100 where a token is not scored. `"shift_labels"`, if there are
-            any, stand for the labels: at the position that predicts the token.
-        token_weights (`torch.Tensor` of shape `(B, T)`):
-            Weight of each token as a target, 0 where it is not scored, at the position of its label.
-        num_items_in_batch (`torch.Tensor` or `float`), token_factors (`Callable`, *optional*), fused_head (`str`,
-        *optional*, defaults to `"auto"`):
-            As in [`weighted_linear_cross_entropy`].
+    The model was prepared by `prepare_lm_head`, then wrapped in any way. `inputs` are arguments of its forward. The
+    `"labels"`, or `"shift_labels"` at the position that predicts the token, are -100 where a token is not scored. There
+    its weight, at the position of its label, is 0. All else is as in [`weighted_linear_cross_entropy`].
     """
     if "shift_labels" in inputs:
         scored = inputs["shift_labels"] != -100
@@ -110,7 +145,7 @@ def weighted_forward(
         kernel = _WeightedKernel(token_weights, scored, num_items_in_batch, token_factors)
         with _whole_head(), use_kernel(kernel):
             outputs = model(**inputs, fused_lm_head=True)
-        if not kernel.has_run:
+        if outputs.mean_logits is None:  # which ours returns
             raise RuntimeError(
                 "TRL's fused LM head ran another kernel than the one with the weights: it was called in another "
                 "thread, or this version of TRL chooses its kernel in another way. Launch a process for each device "
@@ -140,11 +175,9 @@ class _WeightedKernel:
     scored: torch.Tensor  # (B, T), whether the target has a label
     num_items_in_batch: torch.Tensor | float
     token_factors: TokenFactors | None
-    has_run: bool = False
 
     @torch.compiler.disable
     def __call__(self, hidden_states, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        self.has_run = True
         device = hidden_states.device
         token_weights, scored, divisor = (
             torch.as_tensor(x, device=device) for x in (self.token_weights, self.scored, self.num_items_in_batch)

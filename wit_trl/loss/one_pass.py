@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .params import HeadParams, TokenScores
 
@@ -24,27 +25,25 @@ _GPU_CHUNK_ROWS = (2048, 4096)
 _GPU_CHUNK_BYTES = (512 << 20, 1024 << 20)
 # Rows of logits that are turned into their gradient at a time, in float32, while they are in the cache of a CPU
 _BLOCK_BYTES = 2 << 20
+_GPU_BLOCK_BYTES = 256 << 20  # where there is no Triton: each block is a dozen launches
 # Above this number of chunks the gradient of a 16-bit head is summed in float32
 _MAX_CHUNKS_IN_16_BITS = 4
-_LARGEST_GRADIENT_IN_FLOAT16 = 2**10  # of a logit, before factors of tokens, which have room up to 64
+# Of a logit, before factors of tokens, which have room up to 64
+_LARGEST_GRADIENT_IN_FLOAT16 = torch.finfo(torch.float16).max / 64
 
 
 def weighted_nll(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, params: HeadParams
 ) -> tuple[torch.Tensor, TokenScores]:
     """
-    Returns the weighted sum of the negative log-likelihoods, and of each target its negative log-likelihood, entropy
-    and top-1. Arguments as in [`weighted_linear_cross_entropy`].
+    Returns the weighted sum of the negative log-likelihoods, and the scores of each target.
 
-    Tokens that are not scored are dropped before the projection. Since the weights are known beforehand, the gradient
-    is formed in the forward pass: for each chunk of tokens one matrix product gives the logits, their rows are
-    overwritten by their own gradient (in float32, rounded once), and two more products give the gradients of the hidden
-    states and of the head. Nothing is computed twice: three products for each token, two with a frozen head, one
-    without gradient. The backward pass has nothing to do unless the loss is scaled.
+    Tokens that are not scored are dropped. Since the weights are known, the gradient is formed in the forward pass: for
+    each chunk of tokens one product gives the logits, their rows are overwritten by their own gradient (in float32,
+    rounded once), and two products give the gradients of hidden states and head. The backward pass scales them.
 
-    The gradient of a 16-bit head is summed over chunks in its own dtype up to four chunks (each rounds once, on top of
-    the float32 sums inside the product), in float32 above. In float16, where a gradient below 6e-8 is none, the rows
-    are scaled by a power of two, and the products stay in float32 until the backward pass takes it back.
+    The gradient of a 16-bit head is summed over up to four chunks in its own dtype, in float32 above. In float16, where
+    a gradient below 6e-8 is none, the rows are scaled by a power of two, and the products stay in float32.
     """
     if not torch.is_grad_enabled():  # else a parameter would get a gradient that nobody asks for
         hidden_states, weight = hidden_states.detach(), weight.detach()
@@ -68,36 +67,33 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, params):
         ctx.set_materialize_grads(False)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_gradient = needs_hidden or needs_weight or needs_bias
+        inputs, needs = (hidden_states, weight, bias), ctx.needs_input_grad[:3]
         (n, _), vocab = hidden_states.shape, len(weight)
-        uses_triton = _uses_triton(hidden_states)
+        device = hidden_states.device.type
+        uses_triton = rows is not None and device in _TRITON_DEVICES
         head = weight.to(hidden_states.dtype)
         pitch = -(-vocab // 64) * 64 if uses_triton else vocab  # so that every row of a GPU is aligned
-        count = _chunk_rows(n, pitch * hidden_states.element_size(), uses_triton, needs_weight)
+        count = _chunk_rows(n, pitch * hidden_states.element_size(), device != "cpu", needs[1])
         is_half = torch.float16 in (hidden_states.dtype, weight.dtype)
         in_float32 = n > _MAX_CHUNKS_IN_16_BITS * count or is_half or weight.dtype != hidden_states.dtype
         token_weights = params.token_weights.to(torch.float32, copy=True)  # which the factors multiply in place
         params = dataclasses.replace(params, token_weights=token_weights)
-        ctx.scale = None
+        ctx.scale = 1.0
         if hidden_states.dtype == torch.float16:
-            scale = abs(params.logit_scale)
-            largest = torch.cat([token_weights.abs(), token_weights.new_full((1,), 1e-30)]).max() * scale
+            largest = F.pad(token_weights.abs() * abs(params.logit_scale), (0, 1), value=1e-30).max()
             ctx.scale = torch.exp2(torch.floor(torch.log2(_LARGEST_GRADIENT_IN_FLOAT16 / largest)))
             token_weights *= ctx.scale
 
         logits = hidden_states.new_empty(count, pitch)[:, :vocab]
         nll, entropy = hidden_states.new_empty(2, n, dtype=torch.float32)
         scores = TokenScores(nll, entropy, hidden_states.new_empty(n, dtype=torch.bool))
-        grad_hidden = grad_weight = grad_bias = None
-        if needs_hidden:
-            dtype = hidden_states.dtype if ctx.scale is None else torch.float32
-            grad_hidden = torch.zeros_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format)
-        if needs_weight:
-            dtype = torch.float32 if in_float32 else None
-            grad_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        if needs_bias:
-            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+        hidden_dtype = torch.float32 if hidden_states.dtype == torch.float16 else hidden_states.dtype
+        dtypes = (hidden_dtype, torch.float32 if in_float32 else weight.dtype, torch.float32)
+        gradients = [
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
+            for x, dtype, needed in zip(inputs, dtypes, needs, strict=True)
+        ]
+        grad_hidden, grad_weight, grad_bias = gradients
         score_rows = rows.score if uses_triton else score
         for start in range(0, n, count):
             chunk = slice(start, start + count)
@@ -105,34 +101,30 @@ class _WeightedNLL(torch.autograd.Function):
             z = torch.mm(hidden, head.t(), out=logits[: len(hidden)])
             if bias is not None:
                 z += bias
-            score_rows(z, params[chunk], TokenScores(*(values[chunk] for values in scores)), needs_gradient)
-            if needs_hidden:
+            score_rows(z, params[chunk], TokenScores(*(values[chunk] for values in scores)), any(needs))
+            if grad_hidden is not None:
                 _add_product(grad_hidden[chunk], z, head, is_first=True)
-            if needs_weight:
+            if grad_weight is not None:
                 _add_product(grad_weight, z.t(), hidden, is_first=start == 0)
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += z.sum(0, dtype=torch.float32)
-        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
-        ctx.dtypes = [hidden_states.dtype, weight.dtype, bias.dtype if needs_bias else None]
-        if not is_half:  # which may have to wait for a scale of the loss
-            ctx.gradients = _cast(ctx.gradients, ctx.dtypes)
+        if not is_half:  # which may have to wait for a scale of the loss, and is cast by autograd
+            gradients = [None if y is None else y.to(x.dtype) for x, y in zip(inputs, gradients, strict=True)]
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(*scores)
-        loss = torch.dot(nll, token_weights)
-        return loss if ctx.scale is None else loss / ctx.scale, *scores
+        loss = (nll * token_weights).masked_fill_(token_weights == 0, 0).sum()  # where a nll may be infinite
+        return loss / ctx.scale, *scores
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("The gradient of `weighted_linear_cross_entropy` is formed once and was already used.")
-        if ctx.scale is not None:
-            grad_output = grad_output / ctx.scale
-        gradients = [None if gradient is None else _multiply(gradient, grad_output) for gradient in gradients]
-        return *_cast(gradients, ctx.dtypes), None
-
-
-def _uses_triton(values: torch.Tensor) -> bool:
-    return rows is not None and values.device.type in _TRITON_DEVICES
+        grad_output = grad_output / ctx.scale
+        # It is mostly 1, but a device would make the host wait for it
+        if grad_output.device.type != "cpu" or grad_output != 1:
+            gradients = [None if gradient is None else gradient.mul_(grad_output) for gradient in gradients]
+        return *gradients, None
 
 
 def _chunk_rows(n: int, row_bytes: int, on_gpu: bool, needs_weight: bool) -> int:
@@ -160,24 +152,14 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first
             total[start : start + 16384] += torch.mm(part, other)
 
 
-def _cast(gradients: list[torch.Tensor | None], dtypes: list[torch.dtype | None]) -> list[torch.Tensor | None]:
-    return [None if x is None else x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
-
-
-def _multiply(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiplies in place by a scalar, which is mostly 1."""
-    if _uses_triton(values):
-        return rows.multiply(values, factor)  # which does not make the host wait for it
-    return values if factor == 1 else values.mul_(factor)
-
-
 def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:
     """
     Writes negative log-likelihood, entropy and top-1 of rows of logits `(n, V)`, and multiplies their weights by the
     factors that follow from the first two. If a gradient is needed, the logits are overwritten by that of the weighted
     negative log-likelihood. Of several tokens that are the most likely, the first one is top-1, as in TRL.
     """
-    block = max(1, min(len(logits), _BLOCK_BYTES // (4 * logits.size(1))))
+    block_bytes = _BLOCK_BYTES if logits.device.type == "cpu" else _GPU_BLOCK_BYTES
+    block = max(1, min(len(logits), block_bytes // (4 * logits.size(1))))
     buffers = logits.new_empty(2, block, logits.size(1), dtype=torch.float32)
     for start in range(0, len(logits), block):
         part = slice(start, start + block)
@@ -191,15 +173,14 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
             torch.mul(torch.tanh(capped), params.softcap, out=z)
         z -= z.amax(1, keepdim=True)
         z_target = z.gather(1, target)
-        top1 = (z_target == 0).squeeze(1)
-        hits = top1.clone()  # the search for the first one takes as long as the exponential, so for these alone
-        top1[hits] = z[hits].argmax(1) == target[hits, 0]
+        hits = (z_target == 0).squeeze(1)
+        is_top1.copy_(hits)  # the search for the first one takes as long as the exponential, so for these alone
+        is_top1[hits] = z[hits].argmax(1) == target[hits, 0]
         exp = torch.exp(z, out=buffers[1, : len(raw)])
         normaliser = exp.sum(1, keepdim=True)
         log_normaliser = normaliser.log()
-        is_top1.copy_(top1)
         nll.copy_((log_normaliser - z_target).squeeze(1))
-        entropy.copy_(log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z) / normaliser.squeeze(1))
+        entropy.copy_(log_normaliser.squeeze(1) - torch.linalg.vecdot(exp, z.clamp_(min=-1e3)) / normaliser.squeeze(1))
         if params.token_factors is not None:
             token_weights *= params.token_factors(nll.clone(), entropy.clone())
         if needs_gradient:

@@ -11,13 +11,10 @@ from .token_factors import TokenFactors
 
 @dataclass(frozen=True, eq=False)
 class HeadParams:
-    """
-    What the hidden states of `N` tokens are scored with: arguments of [`weighted_linear_cross_entropy`], with the
-    weights over the divisor already.
-    """
+    """What the hidden states of `N` tokens are scored with: arguments of [`weighted_linear_cross_entropy`]."""
 
     targets: torch.Tensor  # (N,)
-    token_weights: torch.Tensor  # (N,)
+    token_weights: torch.Tensor  # (N,), over the divisor already
     scored: torch.Tensor | bool  # (N,), or True for all
     logit_scale: float
     softcap: float | None

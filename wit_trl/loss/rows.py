@@ -15,9 +15,8 @@ _NUM_WARPS = 8
 
 def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:
     """
-    Does the same as `one_pass.score`: one program reads a row, and overwrites it while it is in the cache. Where
-    factors are to be asked for in between, the gradient is another launch, which reads the row again. What fills up a
-    row to its stride is read and written as well, so that all of it is wide loads and stores.
+    Does the same as `one_pass.score`: one program reads a row, and overwrites it while it is in the cache, or, after
+    factors, in another launch. What fills up a row to its stride is read and written too: all loads, stores are wide.
     """
     maximum, normaliser = torch.empty_like(scores.nll), torch.empty_like(scores.nll)
     softcap, factors = params.softcap, params.token_factors
@@ -35,13 +34,6 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
             params.token_weights.mul_(factors(scores.nll.clone(), scores.entropy.clone()))
             if needs_gradient:
                 launch(HAS_SCORES=True, HAS_GRADIENT=True)
-
-
-def multiply(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiplies contiguous values in place by a scalar of the device, and touches none of them if that is 1."""
-    with torch.accelerator.device_index(values.device.index):
-        _multiply[(triton.cdiv(values.numel(), _COLUMNS),)](values, factor, values.numel(), COLUMNS=_COLUMNS)
-    return values
 
 
 @triton.jit
@@ -79,7 +71,7 @@ def _score_rows(
     else:
         # Read before the first reduction, whose barrier keeps it ahead of the stores that overwrite it
         z_target = _transform(tl.load(logits_ptr + target).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
-        maximum = -float("inf")
+        maximum = -3e38  # no infinity, so that a block of impossible tokens gives no inf - inf
         before_target = -float("inf")  # maximum of the columns before the target: the first of equal ones is top-1
         normaliser = 0.0  # sum of exp(z - maximum)
         dot = 0.0  # sum of exp(z - maximum) * (z - maximum)
@@ -90,10 +82,10 @@ def _score_rows(
             before_target = tl.maximum(before_target, tl.max(tl.where(column < target, z, -float("inf")), 0))
             new_maximum = tl.maximum(maximum, tl.max(z, 0))
             exp = tl.exp(z - new_maximum)
-            shift = tl.where(normaliser > 0, maximum - new_maximum, 0.0)  # no inf * 0 in the first block
+            shift = tl.where(normaliser > 0, maximum - new_maximum, 0.0)  # no inf * 0 before the first token
             decay = tl.exp(shift)
             dot = (dot + shift * normaliser) * decay
-            dot += tl.sum(tl.where(column < n_columns, exp * (z - new_maximum), 0.0), 0)
+            dot += tl.sum(tl.where(exp > 0, exp * (z - new_maximum), 0.0), 0)
             normaliser = normaliser * decay + tl.sum(exp, 0)
             maximum = new_maximum
         log_normaliser = tl.log(normaliser)
@@ -113,12 +105,3 @@ def _score_rows(
                 x = 2 * raw * logit_scale / softcap
                 gradient *= 4 * tl.sigmoid(x) * tl.sigmoid(-x)  # 1 - tanh², without cancellation
             tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < row_stride)
-
-
-@triton.jit
-def _multiply(values_ptr, factor_ptr, n_values, COLUMNS: tl.constexpr):
-    factor = tl.load(factor_ptr)
-    if factor != 1:
-        value = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        product = tl.load(values_ptr + value, mask=value < n_values).to(tl.float32) * factor
-        tl.store(values_ptr + value, product.to(values_ptr.dtype.element_ty), mask=value < n_values)

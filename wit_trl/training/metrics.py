@@ -30,17 +30,17 @@ class Targets:
     completion: torch.Tensor
 
 
-# What a target adds to each sum, by the name of the sum
+# What a target adds to each sum, by the name of the sum. The nll of an impossible token is infinite
 TERMS = {
-    "prompt_nll": lambda t: t.nll * t.prompt,
+    "prompt_nll": lambda t: t.nll.where(t.prompt, 0),
     "prompt_count": lambda t: t.prompt,
     "prompt_correct": lambda t: t.correct & t.prompt,
-    "completion_nll": lambda t: t.nll * t.completion,
+    "completion_nll": lambda t: t.nll.where(t.completion, 0),
     "completion_count": lambda t: t.completion,
     "completion_correct": lambda t: t.correct & t.completion,
-    "weighted_nll": lambda t: t.nll * t.weights,
+    "weighted_nll": lambda t: (t.nll * t.weights).where(t.weights != 0, 0),
     "weighted_count": lambda t: t.weights != 0,
-    "weighted_entropy": lambda t: t.entropy * (t.weights != 0),
+    "weighted_entropy": lambda t: t.entropy.where(t.weights != 0, 0),
     "weighted_correct": lambda t: t.correct & (t.weights != 0),
     "weight": lambda t: t.weights,
 }
