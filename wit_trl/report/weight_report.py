@@ -214,19 +214,16 @@ def _first_rows(rows: Rows) -> Dataset:
         # `take` of more rows than there are is an error before datasets 5.2
         return rows.take(min(STORED_ROWS, len(rows)))
     first = list(itertools.islice(rows, STREAMED_ROWS))
-    if first and not _is_prepared(first[0]):
-        first = [_read_as_the_collator(row) for row in first]
+    if first and not _is_prepared(first[0]):  # the collator reads their regions and data weights
+        first = [
+            {**row, "completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
+            for row in first
+        ]
     return Dataset.from_list(first)
 
 
 def _is_prepared(columns: Iterable[str]) -> bool:
     return {"completion_mask", "token_weights"} <= {*columns} and _COLUMNS_THE_COLLATOR_READS.isdisjoint(columns)
-
-
-def _read_as_the_collator(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the regions and data weights that the collator reads from a row that nobody prepared."""
-    read = {"completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
-    return {**read, "seq_lengths": row["seq_lengths"]} if "seq_lengths" in row else read
 
 
 def print_report(make_report: Callable[[], WeightReport], max_length: int | None, messages_are_new: bool) -> None:

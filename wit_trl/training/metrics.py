@@ -64,15 +64,9 @@ Sums = Mapping[str, float]
 
 def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """
-    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`.
-
-    Args:
-        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
-            What `weighted_forward` returns. Its per-token fields are of shape `(B, T)`.
-        weights (`torch.Tensor` of shape `(B, T)`):
-            Weight of each target.
-        regions (`torch.Tensor` of shape `(B, T)`):
-            Region of each target: 1 completion, 0 prompt, -100 none.
+    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`. `outputs` are those of
+    `weighted_forward`. They are of shape `(B, T)`, as the weights and the regions are (1 completion, 0 prompt, -100
+    none).
     """
     targets = Targets(
         nll=-outputs.log_probs.float(),
@@ -100,41 +94,41 @@ class TrainingSums:
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
-        self._tokens = torch.zeros(len(TERMS), dtype=dtype, device=device)
-        self._aux_loss = torch.zeros((), dtype=dtype, device=device)
-        self._num_tokens = torch.zeros((), dtype=dtype, device=device)
+        # The terms, the auxiliary loss, and the number of tokens of any kind
+        self._sums = torch.zeros(len(TERMS) + 2, dtype=dtype, device=device)
         self._micro_batches = 0
         self._has_aux_loss = False
+        self._num_tokens = 0  # of all ranks, up to the last log
 
     def add(self, terms: torch.Tensor, num_tokens: torch.Tensor | int, aux_loss: torch.Tensor | None) -> None:
         """Adds a micro-batch: its `token_terms`, its number of tokens of any kind, and its auxiliary loss."""
-        self._tokens += terms.sum((0, 1)).to(self._tokens)
-        self._num_tokens += num_tokens
+        self._sums[:-2] += terms.sum((0, 1)).to(self._sums)
+        self._sums[-1] += num_tokens
         self._micro_batches += 1
         if aux_loss is not None:
-            self._aux_loss += aux_loss.detach().to(self._aux_loss)
+            self._sums[-2] += aux_loss.detach().to(self._sums)
             self._has_aux_loss = True
 
     def num_tokens(self, accelerator: Accelerator) -> int:
         """Returns the number of tokens of all ranks since the start."""
-        return int(accelerator.reduce(self._num_tokens))
+        return self._num_tokens + int(accelerator.reduce(self._sums[-1]))
 
     def metrics_since_last_call(self, accelerator: Accelerator, repeats: int) -> dict[str, float]:
         """
         Returns the metrics of all ranks since the last call, and `"num_tokens"` since the start, where `repeats` ranks
         have a batch in common. Returns nothing if there was no micro-batch.
         """
-        values = torch.cat([self._tokens, torch.stack([self._aux_loss, self._num_tokens])])
-        *tokens, aux_loss, num_tokens = accelerator.reduce(values).tolist()
-        micro_batches = self._micro_batches * accelerator.num_processes
-        if not micro_batches:
+        *tokens, aux_loss, num_tokens = accelerator.reduce(self._sums).tolist()
+        if not self._micro_batches:
             return {}
-        self._tokens.zero_()
-        self._aux_loss.zero_()
-        self._micro_batches = 0
+        self._num_tokens += int(num_tokens)
         sums = dict(zip(TERMS, tokens, strict=True))
-        metrics = {"num_tokens": int(num_tokens) // repeats, **means_of_trl(sums), **means(sums)}
-        return metrics | ({"aux_loss": aux_loss / micro_batches} if self._has_aux_loss else {})
+        metrics = {"num_tokens": self._num_tokens // repeats, **means_of_trl(sums), **means(sums)}
+        if self._has_aux_loss:
+            metrics["aux_loss"] = aux_loss / (self._micro_batches * accelerator.num_processes)
+        self._sums.zero_()
+        self._micro_batches = 0
+        return metrics
 
 
 class EvaluationSums:
@@ -154,24 +148,12 @@ class EvaluationSums:
 
     def add(
         self,
-        terms: torch.Tensor,
-        example_lengths: torch.Tensor | None,
-        loss: torch.Tensor | None,
+        terms: torch.Tensor,  # the `token_terms` of a batch
+        example_lengths: torch.Tensor | None,  # numbers of tokens of the examples, if all are in one row
+        loss: torch.Tensor | None,  # of the batch, where a subclass may return another one
         aux_loss: torch.Tensor | None,
     ) -> None:
-        """
-        Adds a batch of all ranks.
-
-        Args:
-            terms (`torch.Tensor` of shape `(B, T, len(TERMS))`):
-                Its `token_terms`.
-            example_lengths (`torch.Tensor`, *optional*):
-                Numbers of tokens of the examples, if all are in one row.
-            loss (`torch.Tensor`, *optional*):
-                Loss of the batch, where a subclass may return another one.
-            aux_loss (`torch.Tensor`, *optional*):
-                Auxiliary loss of the batch.
-        """
+        """Adds a batch of all ranks."""
         if example_lengths is None:
             by_example = terms.sum(1)
         else:  # without the first token of the row, which nothing predicts
