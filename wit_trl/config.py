@@ -1,5 +1,6 @@
 """`WITSFTConfig`: the weights and the form of the loss, and what contradicts them."""
 
+import copy
 import dataclasses
 import math
 import numbers
@@ -160,6 +161,21 @@ class WITSFTConfig(SFTConfig):
         """What roles and the chat template's own tokens weigh, and which turns are completion."""
         roles: Any = self.role_loss_weights  # parsed, if it was a text
         return StructureWeights(roles or {}, self.chat_template_loss_weight, self.completion_turns)
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """A copy of what decides about the loss of a row, besides the data."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in LOSS_SETTINGS}
+
+    def check_unchanged(self, made_with: dict[str, Any]) -> None:
+        """Raises `ValueError` if the `loss_settings` are no longer those with which a trainer was made."""
+        changed = [name for name, value in self.loss_settings.items() if value != made_with[name]]
+        if changed:
+            pairs = ", ".join(f"`{name}` was {made_with[name]!r} and is {getattr(self, name)!r}" for name in changed)
+            raise ValueError(
+                f"The loss was changed after the trainer was made: {pairs}. Set it back, or make a new "
+                "trainer: the data was prepared for the old settings."
+            )
 
     @classmethod
     def of(cls, args: TrainingArguments | None, model: "str | PreTrainedModel") -> "WITSFTConfig":

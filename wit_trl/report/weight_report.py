@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..data.prepared_rows import LENGTH_COLUMNS, STREAMED_ROWS, RowLengths
 from ..weights import REGIONS, StructureWeights, token_regions, token_weights
+from .page import printable
 
 
 logger = get_logger(__name__)
@@ -28,6 +29,14 @@ Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 STORED_ROWS = 1_000_000
 # Prepared rows lack them: their `completion_mask` and `token_weights` hold all of it
 _COLUMNS_THE_COLLATOR_READS = {"labels", "assistant_masks", "attention_mask", "weight"}
+# What truncation does to rows, by the column whose sum it is
+_CUTS = {
+    "truncated": "truncated",
+    "without_completion": "completion_lost",
+    "answers_cut": "answer_cut",
+    "answers_lost": "answer_lost",
+    "completion_cut": "completion_cut",
+}
 # Below this share of the weight a region is as good as left out
 NEGLIGIBLE_SHARE = 0.001
 
@@ -49,8 +58,11 @@ class WeightReport:
     # before truncation, and of the dropped rows too
     lengths: tuple[np.ndarray, np.ndarray]
     # Numbers of rows, `None` if unknown
-    truncated: int | None  # cut to `max_length`
-    without_completion: int | None  # whose whole completion is cut off
+    truncated: int | None = None  # cut to `max_length`
+    without_completion: int | None = None  # whose whole completion is cut off
+    answers_cut: int | None = None  # whose last answer lost its end
+    answers_lost: int | None = None  # whose last answer is cut off whole
+    completion_cut: int | None = None  # the number of their completion tokens that are cut off
     dropped: int | None = None  # because no token has a weight other than zero
     structure: StructureWeights = field(default_factory=StructureWeights)
     loss_divisor: str = "count"  # what the weighted sum is divided by: the "count" or the "weights"
@@ -114,7 +126,7 @@ class WeightReport:
         least, most = self.data_weights
         facts.add_row("weights in the data", "none" if least == most == 1 else f"{least:g} to {most:g}")
         for role, weight in self.structure.role_loss_weights.items():
-            facts.add_row(f"weight of the role {role}", f"{weight:g}")
+            facts.add_row(Text(f"weight of the role {role!a}"), f"{weight:g}")
         if self.structure.chat_template_loss_weight != 1:
             facts.add_row("weight of what the template writes", f"{self.structure.chat_template_loss_weight:g}")
         if self.structure.completion_turns != "all":
@@ -127,6 +139,9 @@ class WeightReport:
         facts.add_row("gradient of the completion against conventional tuning *", scale)
         for name, number in (
             ("rows truncated", self.truncated),
+            ("completion tokens cut off", self.completion_cut),
+            ("rows whose last answer lost its end", self.answers_cut),
+            ("rows whose last answer is cut off whole", self.answers_lost),
             ("rows with no completion left", self.without_completion),
             ("rows dropped", self.dropped),
         ):
@@ -185,13 +200,12 @@ def weigh(
             nonzero[region] += int(np.count_nonzero(of_region))
             data_weight[region] += float(of_region.sum(dtype=np.float64))
     prompt, completion = np.concatenate(document_lengths, axis=1)
-    truncated = without_completion = None
+    cuts: dict[str, Any] = {}
     if lengths is None and {*LENGTH_COLUMNS} <= {*counted.column_names}:
         lengths = RowLengths.read(counted)
     if lengths is not None:
         prompt, completion = lengths.prompt_length, lengths.completion_length
-        truncated = int(np.count_nonzero(lengths.truncated))
-        without_completion = int(np.count_nonzero(lengths.completion_lost))
+        cuts = {name: int(getattr(lengths, column).sum()) for name, column in _CUTS.items()}
     if partial is None:
         partial = isinstance(rows, IterableDataset) or len(counted) < len(rows)
     return WeightReport(
@@ -203,8 +217,7 @@ def weigh(
         data_weight=data_weight,
         data_weights=(least, most),
         lengths=(prompt, completion),
-        truncated=truncated,
-        without_completion=without_completion,
+        **cuts,
     )
 
 
@@ -234,7 +247,7 @@ def print_report(make_report: Callable[[], WeightReport], max_length: int | None
     try:
         report = make_report()
     except Exception as error:
-        logger.warning(f"There is no table of what is weighted: {error}")
+        logger.warning(f"There is no table of what is weighted: {printable(str(error))}")
         return
     if not PartialState().is_main_process:
         return
@@ -246,6 +259,11 @@ def print_report(make_report: Callable[[], WeightReport], max_length: int | None
         logger.warning(
             f"Rows with no completion left within `max_length={max_length}`: {report.without_completion:,}. They train "
             "their prompt at most. Raise `max_length`, or remove them."
+        )
+    if report.answers_cut and report.tokens[0]:  # in texts, all is completion
+        logger.warning(
+            f"Rows whose last answer lost its end to `max_length={max_length}`: {report.answers_cut:,}; all of it: "
+            f"{report.answers_lost:,}. They do not teach how an answer ends. Raise `max_length`, or remove them."
         )
     for region in report.negligible_regions:
         logger.warning(

@@ -11,9 +11,11 @@ A new metric is a line in `MEANS`, and one in `TERMS` if it needs a new sum.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
 from .._upstream import FusedCausalLMOutput
 
@@ -89,8 +91,11 @@ def means_of_trl(sums: Sums) -> dict[str, float]:
     return {name: sums[total] / (sums[count] or 1) for name, (total, count) in MEANS_OF_TRL.items()}
 
 
-class TrainingSums:
-    """What training steps of this rank add up on a device, without making the host wait."""
+class TrainingSums(TrainerCallback):
+    """
+    What training steps of this rank add up on a device, without making the host wait. What is left of a training that
+    failed, such as a try of `auto_find_batch_size`, is dropped when the next one begins.
+    """
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
@@ -99,6 +104,15 @@ class TrainingSums:
         self._micro_batches = 0
         self._has_aux_loss = False
         self._num_tokens = 0  # of all ranks, up to the last log
+        self._num_tokens_before = 0  # this training
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._sums.zero_()
+        self._micro_batches = 0
+        self._num_tokens = self._num_tokens_before
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self._num_tokens_before = self._num_tokens
 
     def add(self, terms: torch.Tensor, num_tokens: torch.Tensor | int, aux_loss: torch.Tensor | None) -> None:
         """Adds a micro-batch: its `token_terms`, its number of tokens of any kind, and its auxiliary loss."""
@@ -188,15 +202,17 @@ class EvaluationSums:
 
     def metrics(self, loss_of_trainer: float | None) -> dict[str, float]:
         """
-        Returns the metrics of each region, and the weighted loss unless a subclass returned another one: `Trainer`
-        averages the losses of batches, which is no mean over tokens.
+        Returns the metrics of each region, and the loss: the weighted one, of which there is none without a token that
+        has a weight, unless a subclass returned another one. `Trainer` averages the losses of batches, which is no mean
+        over tokens.
         """
-        total, divisor = LOSSES[self._divisor]
-        metrics, own = means(self._sums), {"loss": self._sums[total] / (self._sums[divisor] or 1)}
-        if not self._losses or loss_of_trainer is None:
-            return metrics | own
-        mean = sum(self._losses) / len(self._losses)
-        return metrics | (own if math.isclose(mean, loss_of_trainer, rel_tol=1e-6) else {})
+        total, divisor = (self._sums[name] for name in LOSSES[self._divisor])
+        loss = {"loss": total / divisor} if divisor else {}
+        if self._losses and loss_of_trainer is not None:
+            mean = sum(self._losses) / len(self._losses)
+            if not math.isclose(mean, loss_of_trainer, rel_tol=1e-6):
+                loss = {"loss": loss_of_trainer}
+        return means(self._sums) | loss
 
 
 def gather_examples(accelerator: Accelerator, by_example: torch.Tensor, repeats: int) -> torch.Tensor:
