@@ -22,7 +22,7 @@ from .report.weight_report import WeightReport, print_report, weigh
 from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
 from .training.evaluation import EvaluationMixin, set_for_now
 from .training.metrics import EvaluationSums, TrainingSums, token_terms
-from .training.model_card import PAPER, add_weights
+from .training.model_card import PAPER, complete_card
 from .training.parallelism import PACKED_MESSAGE, ParallelMixin
 from .weights import MASK_COLUMNS, pop_weights
 
@@ -205,11 +205,11 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         """Allows what TRL rejects: data that skips preparation with masks but no labels. Our collator reads masks."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes TRL's model card, with the weights."""
+        """Writes TRL's model card, with the settings of the loss."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             self.check_settings()
-            add_weights(self.args)
+            complete_card(self.args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)
