@@ -169,12 +169,12 @@ class WITSFTConfig(SFTConfig):
 
     def check_unchanged(self, made_with: dict[str, Any]) -> None:
         """Raises `ValueError` if the `loss_settings` are no longer those with which a trainer was made."""
-        changed = [name for name, value in self.loss_settings.items() if value != made_with[name]]
-        if changed:
-            pairs = ", ".join(f"`{name}` was {made_with[name]!r} and is {getattr(self, name)!r}" for name in changed)
+        now = self.loss_settings
+        if changed := [name for name in now if now[name] != made_with[name]]:
+            pairs = ", ".join(f"`{name}` was {made_with[name]!r} and is {now[name]!r}" for name in changed)
             raise ValueError(
-                f"The loss was changed after the trainer was made: {pairs}. Set it back, or make a new "
-                "trainer: the data was prepared for the old settings."
+                f"The loss was changed after the trainer was made: {pairs}. Set it back, or make a new trainer: the "
+                "data was prepared for the old settings."
             )
 
     @classmethod

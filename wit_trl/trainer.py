@@ -162,8 +162,7 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         """
         self.check_settings()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
-        counts_together = isinstance(self.data_collator, DataCollatorForVisionLanguageWIT)
-        if self.args.print_weight_report and (counts_together or self.is_world_process_zero()):
+        if self.args.print_weight_report and (self._is_vision_dataset or self.is_world_process_zero()):
             print_report(self.weight_report, self.args.max_length, self._messages_are_new)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -239,26 +238,25 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         function = None if factors is None else factors.function
         with explain_cut_images(self.args.max_length):
             outputs = weighted_forward(model, inputs, token_weights, divisor, function, self.args.fused_head)
-
-        loss = outputs.loss
-        if self.aux_loss_enabled:  # a mean over the micro-batch, as in TRL
+        loss, aux_loss = outputs.loss, outputs.aux_loss if self.aux_loss_enabled else None
+        if aux_loss is not None:  # a mean over the micro-batch, as in TRL
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss.to(loss.device) / steps
+            loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
         device = outputs.log_probs.device
         first = completion_mask.size(1) - outputs.log_probs.size(1)  # the first target
         terms = token_terms(outputs, token_weights[:, first:].to(device), completion_mask[:, first:].to(device))
         if self.model.training:
             loss = self.scale_gradient(loss)
             num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._train_sums.add(terms, num_tokens, outputs.aux_loss if self.aux_loss_enabled else None)
+            self._train_sums.add(terms, num_tokens, aux_loss)
         else:
             own = loss if self._overrides("compute_loss", "prediction_step") else None
-            self._eval_sums.add(terms, example_lengths, own, outputs.aux_loss if self.aux_loss_enabled else None)
+            self._eval_sums.add(terms, example_lengths, own, aux_loss)
 
-        if return_outputs:  # the logits, for `compute_metrics`
-            with torch.no_grad():
-                outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # the logits, for `compute_metrics`
+            return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def _overrides(self, *names: str) -> bool:
         """Returns whether one of these methods is another than that of this class: of a subclass, or set on `self`."""

@@ -181,7 +181,7 @@ def weigh(
     columns = ["completion_mask", "token_weights"]
     if "seq_lengths" in counted.column_names:  # of the documents of packed rows
         columns.append("seq_lengths")
-    tokens, nonzero, data_weight = dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0.0)
+    totals = np.zeros((3, len(REGIONS)))  # by region: tokens, tokens whose data weight is not zero, data weights
     least, most = np.inf, 0.0
     document_lengths = [np.zeros((2, 0), int)]  # by region
     for table in counted.select_columns(columns).with_format("arrow").iter(batch_size=1000):
@@ -194,11 +194,8 @@ def weigh(
         regions = np.where(np.diff(document, prepend=-1) > 0, -100, regions)  # nothing predicts the first token
         of_targets = weights[regions >= 0]
         least, most = min(least, of_targets.min(initial=np.inf)), max(most, of_targets.max(initial=0))
-        for region in REGIONS:
-            of_region = weights[regions == region]
-            tokens[region] += len(of_region)
-            nonzero[region] += int(np.count_nonzero(of_region))
-            data_weight[region] += float(of_region.sum(dtype=np.float64))
+        index = np.where(regions < 0, 2, regions)
+        totals += [np.bincount(index, values, len(REGIONS)) for values in (None, weights != 0, weights)]
     prompt, completion = np.concatenate(document_lengths, axis=1)
     cuts: dict[str, Any] = {}
     if lengths is None and {*LENGTH_COLUMNS} <= {*counted.column_names}:
@@ -212,9 +209,9 @@ def weigh(
         rows=len(counted),
         partial=partial,
         loss_weights=loss_weights,
-        tokens=tokens,
-        data_nonzero=nonzero,
-        data_weight=data_weight,
+        tokens=dict(zip(REGIONS, totals[0].astype(int).tolist(), strict=True)),
+        data_nonzero=dict(zip(REGIONS, totals[1].astype(int).tolist(), strict=True)),
+        data_weight=dict(zip(REGIONS, totals[2].tolist(), strict=True)),
         data_weights=(least, most),
         lengths=(prompt, completion),
         **cuts,
