@@ -5,12 +5,11 @@ The metrics: sums over tokens, to which any number of micro-batches and ranks ca
 2. `TrainingSums` and `EvaluationSums` add the terms up, over micro-batches and ranks.
 3. `means` divides sums by sums, as `MEANS` says.
 
-A new metric is a line in `MEANS`, and one in `TERMS` if it needs a new sum.
+A new metric is a line in `MEANS`, and one in `token_terms` if it needs a new sum.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,32 +19,6 @@ from transformers import TrainerCallback
 from .._upstream import FusedCausalLMOutput
 
 
-@dataclass(frozen=True)
-class Targets:
-    """The scored targets of a batch. All fields are of shape `(B, T)`."""
-
-    nll: torch.Tensor  # negative log-likelihood, in nats
-    entropy: torch.Tensor  # of the prediction, in nats
-    correct: torch.Tensor  # whether the target is the most likely token
-    weights: torch.Tensor
-    prompt: torch.Tensor  # whether the target is a prompt token
-    completion: torch.Tensor
-
-
-# What a target adds to each sum, by the name of the sum
-TERMS = {
-    "prompt_nll": lambda t: t.nll * t.prompt,
-    "prompt_count": lambda t: t.prompt,
-    "prompt_correct": lambda t: t.correct & t.prompt,
-    "completion_nll": lambda t: t.nll * t.completion,
-    "completion_count": lambda t: t.completion,
-    "completion_correct": lambda t: t.correct & t.completion,
-    "weighted_nll": lambda t: t.nll * t.weights,
-    "weighted_count": lambda t: t.weights != 0,
-    "weighted_entropy": lambda t: t.entropy * (t.weights != 0),
-    "weighted_correct": lambda t: t.correct & (t.weights != 0),
-    "weight": lambda t: t.weights,
-}
 # The metrics, by name: the sum, and what it is divided by. Those of a region are logged if it has tokens
 MEANS = {
     "prompt_loss": ("prompt_nll", "prompt_count"),
@@ -60,8 +33,8 @@ MEANS_OF_TRL = {
 }
 # The loss, by `loss_divisor`
 LOSSES = {"count": ("weighted_nll", "weighted_count"), "weights": ("weighted_nll", "weight")}
-
-Sums = Mapping[str, float]
+# The sums that these need
+TERMS = [*dict.fromkeys(name for pair in [*MEANS.values(), *MEANS_OF_TRL.values(), *LOSSES.values()] for name in pair)]
 
 
 def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
@@ -70,23 +43,31 @@ def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: to
     `weighted_forward`. They are of shape `(B, T)`, as the weights and the regions are (1 completion, 0 prompt, -100
     none).
     """
-    targets = Targets(
-        nll=-outputs.log_probs.float(),
-        entropy=outputs.entropy.detach().float(),
-        correct=outputs.is_top1,
-        weights=weights,
-        prompt=outputs.label_mask & (regions == 0),
-        completion=outputs.label_mask & (regions == 1),
-    )
-    return torch.stack([term(targets) for term in TERMS.values()], dim=-1)
+    nll, entropy, correct = -outputs.log_probs.float(), outputs.entropy.detach().float(), outputs.is_top1
+    prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
+    weighted = weights != 0
+    terms = {
+        "prompt_nll": nll * prompt,
+        "prompt_count": prompt,
+        "prompt_correct": correct & prompt,
+        "completion_nll": nll * completion,
+        "completion_count": completion,
+        "completion_correct": correct & completion,
+        "weighted_nll": nll * weights,
+        "weighted_count": weighted,
+        "weighted_entropy": entropy * weighted,
+        "weighted_correct": correct & weighted,
+        "weight": weights,
+    }
+    return torch.stack([terms[name] for name in TERMS], dim=-1)
 
 
-def means(sums: Sums) -> dict[str, float]:
+def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Returns the unweighted means of each region that has tokens: loss, in nats per token, and accuracy."""
     return {name: sums[total] / sums[count] for name, (total, count) in MEANS.items() if sums[count]}
 
 
-def means_of_trl(sums: Sums) -> dict[str, float]:
+def means_of_trl(sums: Mapping[str, float]) -> dict[str, float]:
     """Returns the means that TRL logs."""
     return {name: sums[total] / (sums[count] or 1) for name, (total, count) in MEANS_OF_TRL.items()}
 
