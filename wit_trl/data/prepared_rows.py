@@ -42,7 +42,10 @@ def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, 
     """
     left, left_weights = regions[kept], weights[kept]
     targets = np.where(left_weights[1:] != 0, left[1:], -100)  # nothing predicts the first token
-    end_cut, start_cut = _cuts_of_last_answer(regions, kept) if len(left) < len(regions) else (False, False)
+    completion_cut, end_cut, start_cut = 0, False, False
+    if len(left) < len(regions):
+        completion_cut = regions.count(1) - left.count(1)
+        end_cut, start_cut = _cuts_of_last_answer(regions, kept)
     return {
         "input_ids": input_ids[kept],
         "completion_mask": left,
@@ -51,7 +54,7 @@ def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, 
         "completion_length": regions.count(1),
         "truncated": len(left) < len(regions),
         "completion_lost": 1 in regions[1:] and 1 not in left[1:],
-        "completion_cut": regions.count(1) - left.count(1),
+        "completion_cut": completion_cut,
         "answer_cut": end_cut,
         "answer_lost": end_cut and start_cut,
         **{name: np.count_nonzero(targets == region) for region, name in enumerate(TARGET_COLUMNS)},

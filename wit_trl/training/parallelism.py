@@ -34,7 +34,8 @@ class ParallelMixin(Trainer):
     What [`WITSFTTrainer`] does otherwise where ranks share a sequence.
 
     The weights and regions of targets are moved and split as the labels are, and the loss is scaled so that its
-    gradient is that of one process. The data loader of DeepSpeed starts each epoch in the order of that epoch.
+    gradient is that of one process. The data loader of DeepSpeed starts each epoch in the order of that epoch. Every
+    step has all its batches, also where a stream ends.
     """
 
     def prepare_parallelism(self) -> None:
