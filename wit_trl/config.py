@@ -1,5 +1,6 @@
 """`WITSFTConfig`: the weights and the form of the loss, and what contradicts them."""
 
+import copy
 import dataclasses
 import numbers
 from dataclasses import dataclass, field
@@ -24,6 +25,11 @@ WEIGHT_SETTINGS = ("prompt_loss_weight", "completion_loss_weight", *STRUCTURE_SE
 LOSS_SETTINGS = (*WEIGHT_SETTINGS, "loss_type", "loss_divisor")
 # The columns of each type of data set, but for plain text, whose column the user names
 DATASET_COLUMNS = (("input_ids",), ("prompt", "completion"), ("conversations",), ("messages",))
+
+
+def _setting(default: Any, text: str, choices: list[str] | None = None) -> Any:
+    """Returns a field with the help of its flag. The docstring of the class says more."""
+    return field(default=default, metadata={"help": text} | ({"choices": choices} if choices else {}))
 
 
 @dataclass
@@ -76,54 +82,27 @@ class WITSFTConfig(SFTConfig):
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "role_loss_weights"]
 
-    prompt_loss_weight: float = field(
-        default=0.2,
-        metadata={"help": "Weight of a prompt token in the loss (the paper's λp, advised range 0 to 0.5)."},
-    )
-    completion_loss_weight: float = field(
-        default=0.8,
-        metadata={"help": "Weight of a completion token in the loss (the paper's λr, advised range 0.5 to 1)."},
-    )
+    prompt_loss_weight: float = _setting(0.2, "Weight of a prompt token (the paper's λp, advised range 0 to 0.5).")
+    completion_loss_weight: float = _setting(0.8, "Weight of a completion token (its λr, advised range 0.5 to 1).")
     role_loss_weights: dict[str, float] | str | None = field(
-        default=None,
-        metadata={"help": 'Factor for the weight of all tokens of a role, such as \'{"system": 0, "tool": 0.5}\'.'},
+        default=None, metadata={"help": 'Factor for the tokens of a role, such as \'{"system": 0, "tool": 0.5}\'.'}
     )
-    chat_template_loss_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor for the weight of the prompt tokens that the chat template writes itself."},
+    chat_template_loss_weight: float = _setting(
+        1.0, "Factor for the weight of the prompt tokens that the chat template writes itself."
     )
-    completion_turns: str = field(
-        default="all",
-        metadata={"help": "Which turns of the assistant are completion.", "choices": ["all", "last"]},
+    completion_turns: str = _setting("all", "Which turns of the assistant are completion.", ["all", "last"])
+    loss_type: str = _setting(
+        "nll",
+        "Factor for the loss of each token in training: none (nll, wit), or its own probability (dft).",
+        [*TOKEN_FACTORS, "chunked_nll"],  # TRL's old name of nll
     )
-    loss_type: str = field(
-        default="nll",
-        metadata={
-            "help": "Factor for the loss of each token in training: none (nll, or wit, another name of it), or its own "
-            "probability (dft, Dynamic Fine-Tuning, https://huggingface.co/papers/2508.05629).",
-            "choices": [*TOKEN_FACTORS, "chunked_nll"],  # TRL's old name of nll
-        },
+    loss_divisor: str = _setting(
+        "count", "Divisor of the loss: the number of tokens with a weight, or their weights.", ["count", "weights"]
     )
-    loss_divisor: str = field(
-        default="count",
-        metadata={
-            "help": "What the weighted sum is divided by: the number of tokens whose weight is not zero (the paper's), "
-            "or the sum of the weights.",
-            "choices": ["count", "weights"],
-        },
+    fused_head: str = _setting(
+        "auto", "Kernel of the LM head: this package's, TRL's, or one by the device (auto).", [*FUSED_HEADS]
     )
-    fused_head: str = field(
-        default="auto",
-        metadata={
-            "help": "What computes the loss of the LM head: the kernel of this package (one_pass), TRL's (trl), or the "
-            "first on a CPU and the second elsewhere (auto).",
-            "choices": [*FUSED_HEADS],
-        },
-    )
-    print_weight_report: bool = field(
-        default=True,
-        metadata={"help": "Whether training starts with a table of what is weighted, and warnings of what is odd."},
-    )
+    print_weight_report: bool = _setting(True, "Whether training starts with a table of what is weighted.")
 
     def __post_init__(self):
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
@@ -181,6 +160,21 @@ class WITSFTConfig(SFTConfig):
         """What roles and the chat template's own tokens weigh, and which turns are completion."""
         roles: Any = self.role_loss_weights  # parsed, if it was a text
         return StructureWeights(roles or {}, self.chat_template_loss_weight, self.completion_turns)
+
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """A copy of what decides about the loss of a row, besides the data."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in LOSS_SETTINGS}
+
+    def check_unchanged(self, made_with: dict[str, Any]) -> None:
+        """Raises `ValueError` if the `loss_settings` are no longer those with which a trainer was made."""
+        now = self.loss_settings
+        if changed := [name for name in now if now[name] != made_with[name]]:
+            pairs = ", ".join(f"`{name}` was {made_with[name]!r} and is {now[name]!r}" for name in changed)
+            raise ValueError(
+                f"The loss was changed after the trainer was made: {pairs}. Set it back, or make a new trainer: the "
+                "data was prepared for the old settings."
+            )
 
     @classmethod
     def of(cls, args: TrainingArguments | None, model: "str | PreTrainedModel") -> "WITSFTConfig":

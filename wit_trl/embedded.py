@@ -8,7 +8,6 @@ million parameters, randomly initialised.
 import ast
 import sysconfig
 import textwrap
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,10 +80,9 @@ def _pairs(module: str, max_characters: int) -> Iterator[tuple[str, str]]:
 
 def _statements(module: ast.Module) -> Iterator[ast.AST]:
     """As `ast.walk`, but without the many nodes of expressions, which hold no function."""
-    todo: deque[ast.AST] = deque([module])
-    while todo:
-        node = todo.popleft()
-        todo.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+    nodes: list[ast.AST] = [module]
+    for node in nodes:
+        nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
         yield node
 
 

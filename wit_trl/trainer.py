@@ -1,6 +1,5 @@
 """`WITSFTTrainer`: TRL's `SFTTrainer` with the weighted loss."""
 
-import copy
 import functools
 from dataclasses import replace
 from types import MethodType
@@ -22,9 +21,9 @@ from .loss.lm_head import check_logits, prepare_lm_head, weighted_forward
 from .loss.token_factors import TOKEN_FACTORS, NamedFactors
 from .report.weight_report import WeightReport, print_report, weigh
 from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
-from .training.evaluation import EvaluationMixin
+from .training.evaluation import EvaluationMixin, set_for_now
 from .training.metrics import EvaluationSums, TrainingSums, token_terms
-from .training.model_card import PAPER, add_weights
+from .training.model_card import PAPER, complete_card
 from .training.parallelism import PACKED_MESSAGE, ParallelMixin
 from .weights import MASK_COLUMNS, pop_weights
 
@@ -105,30 +104,25 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             )
         args = WITSFTConfig.of(args, model)
         columns = check_train_dataset(train_dataset, kwargs.get("formatting_func"), args)
+        self._loss_settings = args.loss_settings
         self._assistant_only_loss = args.assistant_only_loss
         has_messages = not columns.isdisjoint(MESSAGE_COLUMNS)
-        loss_type = args.loss_type
-        if has_messages or loss_type != "nll":
-            args = copy.copy(args)
-            # TRL refuses templates that it does not know. It is what the completion of a conversation is here.
-            args.assistant_only_loss = args.assistant_only_loss and not has_messages
-            # TRL's constructor refuses factors that it does not know, and DFT under sequence parallelism, where its own
-            # loss is the model's. Ours is not.
-            args.loss_type = "nll"
         self._messages_are_new = has_messages and not self._assistant_only_loss
         self._training_rows: TrainingRows | None = None  # until the training set, which comes first, is prepared
 
-        super().__init__(
-            model, args, data_collator, train_dataset, eval_dataset, processing_class, None, *more_args, **kwargs
-        )
+        # TRL's constructor refuses templates and factors that it does not know, where ours finds the completion by
+        # itself, and DFT under sequence parallelism, where TRL's loss is the model's
+        with set_for_now(args, assistant_only_loss=self._assistant_only_loss and not has_messages, loss_type="nll"):
+            super().__init__(
+                model, args, data_collator, train_dataset, eval_dataset, processing_class, None, *more_args, **kwargs
+            )
 
-        self.args.loss_type = loss_type
         if data_collator is None:
             collator_class = DataCollatorForVisionLanguageWIT if self._is_vision_dataset else DataCollatorForWIT
             self.data_collator = collator_class(**vars(self.data_collator), **weight_settings(collator_class, args))
             if self._is_vision_dataset:
                 check_image_rows(self.train_dataset, self.data_collator, self.args)
-        check_weights(self.data_collator, self.args)
+        self.check_settings()
         self.prepare_parallelism()
         keep_gradient_of_4bit_weights(self.model)
         prepare_lm_head(self.model)
@@ -137,6 +131,12 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         self._train_sums = TrainingSums(self.args.device)
         self._eval_sums = EvaluationSums(self.accelerator, self.args.loss_divisor)
         self.add_callback(LossWeightsCallback)
+        self.add_callback(self._train_sums)
+
+    def check_settings(self) -> None:
+        """Raises `ValueError` if a setting of the loss is no longer that with which the trainer was made."""
+        self.args.check_unchanged(self._loss_settings)
+        check_weights(self.data_collator, self.args)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         is_train = self._training_rows is None and dataset_name == "train"  # evaluation sets follow
@@ -159,12 +159,11 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         a checkpoint whose saving was cut off.
 
         Raises:
-            `ValueError`: there is no complete checkpoint to resume from.
+            `ValueError`: there is no complete checkpoint to resume from, or a setting of the loss was changed.
         """
-        check_weights(self.data_collator, self.args)
+        self.check_settings()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
-        counts_together = isinstance(self.data_collator, DataCollatorForVisionLanguageWIT)
-        if self.args.print_weight_report and (counts_together or self.is_world_process_zero()):
+        if self.args.print_weight_report and (self._is_vision_dataset or self.is_world_process_zero()):
             print_report(self.weight_report, self.args.max_length, self._messages_are_new)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -178,7 +177,7 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             `ValueError`: the rows or their weights are not known, because they are not tokenized, are read through a
             transform, or are weighed by another data collator.
         """
-        check_weights(self.data_collator, self.args)
+        self.check_settings()
         dataset, weights = self.train_dataset, (self.args.prompt_loss_weight, self.args.completion_loss_weight)
         settings: dict[str, Any] = {"structure": self.args.structure_weights, "loss_divisor": self.args.loss_divisor}
         if factors := self._factors_in_use():
@@ -206,11 +205,11 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         """Allows what TRL rejects: data that skips preparation with masks but no labels. Our collator reads masks."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes TRL's model card, with the weights."""
+        """Writes TRL's model card, with the settings of the loss."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            check_weights(self.data_collator, self.args)
-            add_weights(self.args)
+            self.check_settings()
+            complete_card(self.args)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)
@@ -223,6 +222,7 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         Returns the weighted loss of a micro-batch, a scalar in nats, and what the model returns if `return_outputs`.
         Where a subclass returns another loss, `eval_loss` is its mean over the batches, as in `Trainer`.
         """
+        self.check_settings()
         inputs = dict(inputs)
         example_lengths = inputs.pop("example_lengths", None)
         if example_lengths is not None and self.splits_sequences():
@@ -240,26 +240,25 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         check_logits(model, inputs, self.args.fused_head)
         with explain_cut_images(self.args.max_length):
             outputs = weighted_forward(model, inputs, token_weights, divisor, function, self.args.fused_head)
-
-        loss = outputs.loss
-        if self.aux_loss_enabled:  # a mean over the micro-batch, as in TRL
+        loss, aux_loss = outputs.loss, outputs.aux_loss if self.aux_loss_enabled else None
+        if aux_loss is not None:  # a mean over the micro-batch, as in TRL
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss.to(loss.device) / steps
+            loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
         device = outputs.log_probs.device
         first = completion_mask.size(1) - outputs.log_probs.size(1)  # the first target
         terms = token_terms(outputs, token_weights[:, first:].to(device), completion_mask[:, first:].to(device))
         if self.model.training:
             loss = self.scale_gradient(loss)
             num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._train_sums.add(terms, num_tokens, outputs.aux_loss if self.aux_loss_enabled else None)
+            self._train_sums.add(terms, num_tokens, aux_loss)
         else:
             own = loss if self._overrides("compute_loss", "prediction_step") else None
-            self._eval_sums.add(terms, example_lengths, own, outputs.aux_loss if self.aux_loss_enabled else None)
+            self._eval_sums.add(terms, example_lengths, own, aux_loss)
 
-        if return_outputs:  # the logits, for `compute_metrics`
-            with torch.no_grad():
-                outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # the logits, for `compute_metrics`
+            return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def _overrides(self, *names: str) -> bool:
         """Returns whether one of these methods is another than that of this class: of a subclass, or set on `self`."""

@@ -1,5 +1,6 @@
 """How often a stream is read, against TRL."""
 
+import pytest
 from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 
@@ -31,3 +32,18 @@ def test_stream_is_opened_at_most_once_more_than_by_trl(make_model, tokenizer, c
     assert "What is weighted in the first 1,000 rows" in capsys.readouterr().out
     assert ours[0] <= of_trl[0] + 1
     assert ours[1] <= of_trl[1] + 1_300  # the rows of the table, and a buffer of the shuffle
+
+
+@pytest.mark.parametrize("max_length", [4, None])
+def test_endless_stream_without_a_target_is_refused(max_length, make_model, tokenizer, config_kwargs):
+    def generate():
+        while True:
+            yield {"prompt": "A long prompt", "completion": "That.", "weight": float(max_length is not None)}
+
+    stream = IterableDataset.from_generator(generate)
+    config_kwargs |= {"max_length": max_length}
+    args = WITSFTConfig(prompt_loss_weight=0, completion_loss_weight=1, **config_kwargs)
+    with pytest.raises(
+        ValueError, match=r"None of the first 1,000 rows of the train dataset has a token left.* shuffle"
+    ):
+        WITSFTTrainer(model=make_model(), args=args, train_dataset=stream, processing_class=tokenizer)

@@ -1,11 +1,13 @@
 """The rows that `wit-trl inspect` shows, against their text."""
 
+import io
 import re
 import subprocess
 import sys
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -134,6 +136,19 @@ def test_what_a_terminal_would_act_on_is_escaped(byte_tokenizer, trainer_on):
     shown = text_of(show_row(trainer, trainer.train_dataset[0]))
     assert "\\x1b[31m\\r\\x07\\u202e[completion 0.8]b" in shown
     assert {"\x1b", "\r", "\x07", "\u202e"}.isdisjoint(shown)
+
+
+def test_cut_is_marked(tokenizer, trainer_on):
+    trainer = trainer_on(Dataset.from_dict({"prompt": ["What? "], "completion": ["That. " * 20]}), max_length=16)
+    (row,) = trainer.train_dataset
+    whole = len(tokenizer("What? " + "That. " * 20)["input_ids"]) + 1  # with the end
+    assert show_row(trainer, row).plain.endswith(f"[cut off: {whole - 16} completion tokens]")
+    console = Console(file=io.StringIO(), width=200)
+    inspection.show_page(console, [row], tokenizer, trainer.weight_report(), 1)
+    cut = whole - 16
+    assert f"Row 0: 16 tokens, without {cut} that were cut off, {cut} of the completion\n" in console.file.getvalue()
+    whole_row = trainer_on(Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})).train_dataset[0]
+    assert "cut off" not in show_row(trainer, whole_row).plain
 
 
 def test_import_needs_no_matplotlib():

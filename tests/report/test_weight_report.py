@@ -80,7 +80,7 @@ def test_counts_equal_plain_loops(arguments, weights, rows, trainer_on):
     # The gradient of a completion token: its weight over the divisor, here and with the weights (0, 1)
     assert summary.gradient_scale == pytest.approx((completion_weight / sum(nonzero.values())) / (1 / tokens[1]))
 
-    truncated = lost = with_target = 0
+    truncated = lost = with_target = completion_cut = answers_cut = answers_lost = 0
     limit = arguments["max_length"] or 10**9
     for row in rows:
         regions = [m for m, a in zip(row["completion_mask"], row["attention_mask"], strict=True) if a]  # no padding
@@ -90,8 +90,20 @@ def test_counts_equal_plain_loops(arguments, weights, rows, trainer_on):
             keeps_end = arguments.get("truncation_mode") == "keep_end" and not arguments.get("packing")
             kept = regions[-limit:] if keeps_end else regions[:limit]
         lost += 1 in regions[1:] and 1 not in kept[1:]
+        completion_cut += regions.count(1) - kept.count(1)
+        if 1 in regions:
+            at_end = kept == regions[len(regions) - len(kept) :]
+            end = max(position for position, region in enumerate(regions) if region == 1)
+            # The last answer goes from behind the last other token before its end
+            start = max([-1, *(position for position in range(end) if regions[position] != 1)]) + 1
+            left = [p for p in range(start, end + 1) if at_end or p < len(kept)]
+            left = [p for p in left if not at_end or p >= len(regions) - len(kept)]
+            answers_cut += end not in left
+            answers_lost += not left
         with_target += any(weights[region] for region in kept[1:] if region != -100)
     assert (summary.truncated, summary.without_completion) == (truncated, lost)
+    assert summary.completion_cut == completion_cut
+    assert (summary.answers_cut, summary.answers_lost) == (answers_cut, answers_lost)
     if limit == 16 and "packing_strategy" not in arguments:
         assert truncated > 5
         assert lost > 0 or "truncation_mode" in arguments
@@ -149,7 +161,7 @@ def with_weights(*masks):
 
 
 def test_table():
-    lengths = RowLengths(*map(np.array, ([5, 2], [5, 2], [True, False], [True, False])))
+    lengths = RowLengths(*map(np.array, ([5, 2], [5, 2], *[[True, False]] * 2, [4, 0], [True, False], [False, False])))
     cut = with_weights([0] * 5, [0, 0, 1, 1])
     lines = [line.split() for line in text_of(replace(weigh(cut, (0.25, 0.5), lengths), dropped=0)).splitlines()]
     for line in (
@@ -162,6 +174,9 @@ def test_table():
         "gradient of the completion against conventional tuning * x 0.143",  # 0.5 * 2 / 7
         "weights in the data none",
         "rows truncated 1",
+        "completion tokens cut off 4",
+        "rows whose last answer lost its end 1",
+        "rows whose last answer is cut off whole 0",
         "rows with no completion left 1",
         "rows dropped 0",
     ):
@@ -192,6 +207,41 @@ def test_rows_without_completion_and_weights_in_the_data_are_told(trainer_on, ca
     trainer.train()
     assert "Rows with no completion left within `max_length=16`: 1. They train" in caplog.text
     assert re.search(r"weights in the data +0\.5 to 15", capsys.readouterr().out)
+
+
+def test_answers_that_truncation_takes_are_told(trainer_on, tokenizer, capsys, caplog):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Call a tool."}]
+    rows = [
+        [*turns, {"role": "user", "content": "Its result. " * n}, {"role": "assistant", "content": "This is that."}]
+        for n in (1, 20)
+    ]
+    tokens = [tokenizer.apply_chat_template(row, return_dict=False) for row in rows]
+    max_length = len(tokens[0]) - 2
+    trainer = trainer_on(Dataset.from_list([{"messages": row} for row in rows]), max_steps=1, max_length=max_length)
+    report = trainer.weight_report()
+    assert (report.truncated, report.without_completion) == (2, 0)
+    assert (report.answers_cut, report.answers_lost) == (2, 1)
+    answer = len(tokenizer("This is that.<|eot_id|>", add_special_tokens=False)["input_ids"])
+    assert report.completion_cut == 2 + answer
+    trainer.train()
+    assert f"lost its end to `max_length={max_length}`: 2; all of it: 1. They do not teach" in caplog.text
+    assert re.search("rows whose last answer is cut off whole +1", capsys.readouterr().out)
+
+
+def test_names_in_the_data_are_printed_as_they_are(messages, trainer_on, capsys, caplog):
+    names = ["[red]", "[/x]", "\x1b[31m", "système"]
+    trainer = trainer_on(messages, max_steps=1, role_loss_weights=dict.fromkeys(names, 0.5))
+    trainer.train()
+    output = capsys.readouterr().out
+    for name in names:
+        assert f"weight of the role {name!a}" in output
+
+    def weight_report():
+        raise ValueError("\x1b[31m[/x]")
+
+    trainer.weight_report = weight_report
+    trainer.train()
+    assert "There is no table of what is weighted: \\x1b[31m[/x]" in caplog.text
 
 
 def test_training_on_an_output_that_encodes_ascii_alone(rows, trainer_on, monkeypatch):

@@ -1,12 +1,15 @@
 """The evaluation against the formula, written as plain float64 loops."""
 
+import time
+
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
-from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl import DataCollatorForWIT, WITSFTConfig, WITSFTTrainer
 
 from ..helpers import WEIGHTS, make_trainer
-from ..reference import accuracy_by_region, formula, token_metrics
+from ..reference import accuracy_by_region, formula, region_sums, token_metrics
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (0.0, 1.0), (1.0, 0.0)])
@@ -129,3 +132,73 @@ def test_prepared_data_is_not_packed_twice(rows, make_model, tokenizer, config_k
     expected = trainer.evaluate()["eval_prompt_loss"]
     assert trainer.evaluate({"again": data})["eval_again_prompt_loss"] == pytest.approx(expected, rel=1e-6)
     assert trainer.evaluate(trainer.eval_dataset)["eval_prompt_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+class SlowAtFirst(DataCollatorForWIT):
+    """Its first batch comes last where a loader does not keep the order."""
+
+    def torch_call(self, examples):
+        time.sleep(0.3 * (examples[0]["input_ids"][0] == 7))
+        return super().torch_call(examples)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dataloader_drop_last": True},
+        {"accelerator_config": {"dispatch_batches": True}},
+        {"accelerator_config": {"dispatch_batches": True, "split_batches": True, "even_batches": False}},
+        {"dataloader_num_workers": 2, "dataloader_in_order": False},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    ],
+    ids=str,
+)
+def test_every_row_is_evaluated_whatever_the_settings_of_loaders(settings, rows, make_model, tokenizer, config_kwargs):
+    rows[0]["input_ids"][0] = 7
+    data = Dataset.from_list(rows)
+    config_kwargs |= {"per_device_eval_batch_size": 4} | settings
+    collator = SlowAtFirst(pad_token_id=0)
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, eval_dataset=data, data_collator=collator)
+    trainer.evaluate(data.select(range(2)))  # whose rows a persistent worker would go on with
+    loss, _ = formula(make_model().double(), rows, WEIGHTS)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    found = trainer.evaluate_rows(data)
+    sums = [region_sums(make_model().double(), [row]) for row in rows]
+    assert found["completion_nll"] == pytest.approx([nll[1].item() for nll, _ in sums], rel=1e-6)
+    assert found["completion_tokens"] == [count[1] for _, count in sums]
+    assert len(trainer.get_train_dataloader()) == (5 if "dataloader_drop_last" in settings else 6)  # as it was set
+
+
+@pytest.mark.parametrize("loss_divisor", ["count", "weights"])
+def test_evaluation_set_without_a_weight_has_no_loss(loss_divisor, rows, make_model, tokenizer, config_kwargs, caplog):
+    without = Dataset.from_list([row | {"weight": 0.0} for row in rows])
+    config_kwargs |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    config_kwargs |= {"load_best_model_at_end": True, "loss_divisor": loss_divisor}
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, eval_dataset=without)
+    metrics = trainer.evaluate()
+    assert "eval_loss" not in metrics
+    _, (prompt_loss, _) = formula(make_model().double(), rows, WEIGHTS)
+    assert metrics["eval_prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+    assert "No token of the evaluation set has a weight, so it has no `eval_loss`" in caplog.text
+    with pytest.raises(KeyError, match="`metric_for_best_model` training argument is set to 'eval_loss'"):
+        trainer.train()  # no model is the best of all by a loss of 0
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_substep_end", "on_log"])
+def test_rows_and_predictions_in_a_callback_log_nothing(event, rows, make_model, tokenizer, config_kwargs):
+    data = Dataset.from_list(rows)
+
+    def train(function):
+        callback = TrainerCallback()
+        setattr(callback, event, lambda *_, **__: function(trainer) and None)
+        trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, callbacks=[callback], eval_dataset=data)
+        trainer.train()
+        return [
+            {name: x for name, x in log.items() if "runtime" not in name and "per_second" not in name}
+            for log in trainer.state.log_history
+        ]
+
+    expected = train(lambda trainer: None)
+    assert train(lambda trainer: trainer.evaluate_rows()) == expected
+    assert train(lambda trainer: trainer.predict(trainer.eval_dataset)) == expected

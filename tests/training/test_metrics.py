@@ -1,9 +1,12 @@
 """What is logged, against plain float64 loops and TRL's own trainer."""
 
 import pytest
+import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
+
+from wit_trl import WITSFTTrainer
 
 from ..helpers import WEIGHTS, StepRecorder, make_trainer
 from ..reference import accuracy_by_region, formula, token_metrics
@@ -81,3 +84,54 @@ def test_last_log_covers_the_steps_since_the_one_before(eval_strategy, rows, mak
     _, (prompt_loss, completion_loss) = formula(make_model().double(), rows[:8], WEIGHTS)
     assert last["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
     assert last["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["auto_find_batch_size", "interrupted"])
+def test_failed_tries_are_in_no_log(kind, rows, make_model, tokenizer, config_kwargs):
+    class Failing(WITSFTTrainer):
+        failures = 0
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.state.global_step == 1 and not self.failures:
+                self.failures += 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return loss
+
+    config_kwargs |= {"learning_rate": 0.0, "max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": 1}
+    config_kwargs |= {"auto_find_batch_size": kind == "auto_find_batch_size", "per_device_train_batch_size": 4}
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs, trainer_class=Failing)
+    if kind == "interrupted":
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            trainer.train()
+    trainer.train()
+    batch_size = trainer._train_batch_size
+    assert batch_size == 4 if kind == "interrupted" else batch_size < 4
+    logs, seen = trainer.state.log_history[0], rows[: 2 * batch_size]
+    _, (prompt_loss, completion_loss) = formula(make_model().double(), seen, WEIGHTS)
+    assert logs["prompt_loss"] == pytest.approx(prompt_loss, rel=1e-6)
+    assert logs["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+    assert logs["num_tokens"] == sum(len(row["input_ids"]) for row in seen)
+
+
+def test_tokens_of_a_second_training_are_added(rows, make_model, tokenizer, config_kwargs):
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | {"max_steps": 1})
+    for trained in (1, 2):
+        trainer.train()
+        expected = trained * sum(len(row["input_ids"]) for row in rows[:4])
+        assert trainer.state.log_history[0]["num_tokens"] == expected
+
+
+def test_stream_that_ends_within_an_accumulation_goes_on_with_its_start(rows, make_model, tokenizer, config_kwargs):
+    stream = IterableDataset.from_generator(lambda: iter(rows[:3]))
+    config_kwargs |= {"learning_rate": 0.0, "per_device_train_batch_size": 1, "max_steps": 3, "max_grad_norm": 0.0}
+    recorder = StepRecorder()
+    make_trainer(make_model, tokenizer, stream, config_kwargs, callbacks=[recorder]).train()
+    for step, numbers in enumerate(((0, 1), (2, 0), (1, 2))):
+        model = make_model().double()
+        loss, (_, completion_loss) = formula(model, [rows[number] for number in numbers], WEIGHTS)
+        loss.backward()
+        assert recorder.logs[step]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert recorder.logs[step]["completion_loss"] == pytest.approx(completion_loss, rel=1e-6)
+        for name, gradient in recorder.gradients[step].items():
+            torch.testing.assert_close(gradient.double(), model.get_parameter(name).grad, rtol=1e-4, atol=1e-7)

@@ -21,6 +21,9 @@ class RowLengths:
     completion_length: np.ndarray  # number of completion tokens of each row
     truncated: np.ndarray  # whether the row is cut to `max_length`
     completion_lost: np.ndarray  # whether this cuts off all its completion tokens
+    completion_cut: np.ndarray  # number of its completion tokens that are cut off
+    answer_cut: np.ndarray  # whether the end of its last answer, which is its last completion, is cut off
+    answer_lost: np.ndarray  # whether all of that is
 
     @classmethod
     def read(cls, dataset: Dataset) -> "RowLengths":
@@ -59,6 +62,10 @@ def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, 
     """
     left, left_weights = regions[kept], weights[kept]
     targets = np.where(left_weights[1:] != 0, left[1:], -100)  # nothing predicts the first token
+    completion_cut, end_cut, start_cut = 0, False, False
+    if len(left) < len(regions):
+        completion_cut = regions.count(1) - left.count(1)
+        end_cut, start_cut = _cuts_of_last_answer(regions, kept)
     return {
         "input_ids": input_ids[kept],
         "completion_mask": left,
@@ -67,5 +74,19 @@ def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, 
         "completion_length": regions.count(1),
         "truncated": len(left) < len(regions),
         "completion_lost": 1 in regions[1:] and 1 not in left[1:],
+        "completion_cut": completion_cut,
+        "answer_cut": end_cut,
+        "answer_lost": end_cut and start_cut,
         **{name: np.count_nonzero(targets == region) for region, name in enumerate(TARGET_COLUMNS)},
     }
+
+
+def _cuts_of_last_answer(regions: list[int], kept: slice) -> tuple[bool, bool]:
+    """Returns whether the last and the first token of the last answer are cut off."""
+    if 1 not in regions:
+        return False, False
+    last = first = len(regions) - 1 - regions[::-1].index(1)
+    while first > 0 and regions[first - 1] == 1:
+        first -= 1
+    left = range(len(regions))[kept]
+    return last not in left, first not in left

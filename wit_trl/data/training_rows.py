@@ -112,8 +112,8 @@ def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparat
     """
     Raises `ValueError` if no row has a target, or if truncation takes every completion.
 
-    It reads rows until one has a target and one keeps its completion. A stream may have no end, so its completions are
-    looked for in the first rows only.
+    It reads rows until one has a target and one keeps its completion. A stream may have no end, so both are looked for
+    in its first rows only.
     """
     args = preparation.args
     has_target, lost, keeps_completion = False, False, args.completion_loss_weight == 0
@@ -126,6 +126,12 @@ def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparat
         has_target = has_target or any(row[region] for region in regions)
         if has_target and keeps_completion:
             return
+        if is_long_stream:
+            raise ValueError(
+                f"None of the first {STREAMED_ROWS:,} rows of the {preparation.dataset_name} dataset has a token left "
+                f"to train on: {_truncation(rows, args)}. Raise `max_length`, give the other region a weight, look for "
+                "weights of 0 in the data, or shuffle the stream if later rows have some."
+            )
     if lost and not keeps_completion:
         raise ValueError(
             f"No row of the {preparation.dataset_name} dataset has a completion left to train on: "
@@ -173,7 +179,8 @@ def check_image_rows(
             "Checking rows",
             texts.column_names,
         )
-    if not any(map(has_target, dataset)):
+    # A stream may have no end
+    if not any(map(has_target, itertools.islice(dataset, None if isinstance(dataset, Dataset) else STREAMED_ROWS))):
         raise ValueError(
             f"No example of the train dataset has a token left to train on{' in its completion' * in_completion}. The "
             "weights of prompt and completion are "

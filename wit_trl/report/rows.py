@@ -83,6 +83,8 @@ def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weigh
         if repeated > 1:
             text.append(f" x {repeated:,} ", "bold")
         shade, repeated = 1 - shade if piece else shade, 1
+    if row.get("answer_cut"):
+        text.append(f"[cut off: {row['completion_cut']} completion tokens]", "bold red")
     return text
 
 
@@ -104,6 +106,9 @@ def show_page(
     for number, row in enumerate(rows):
         documents = len(row.get("seq_lengths", [0]))
         heading = f"\nRow {number}: {len(row['input_ids'])} tokens" + f", {documents} documents" * (documents > 1)
+        if row.get("truncated"):
+            cut = row["prompt_length"] + row["completion_length"] - sum(r >= 0 for r in row["completion_mask"])
+            heading += f", without {cut} that were cut off, {row['completion_cut']} of the completion"
         console.print(Text(heading, "bold"))
         console.print(show_row(row, tokenizer, report.loss_weights), soft_wrap=True)
     console.print()

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..data.prepared_rows import LENGTH_COLUMNS, STREAMED_ROWS, RowLengths
 from ..weights import REGIONS, StructureWeights, token_regions, token_weights
+from .page import printable
 
 
 logger = get_logger(__name__)
@@ -28,6 +29,14 @@ Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 STORED_ROWS = 1_000_000
 # Prepared rows lack them: their `completion_mask` and `token_weights` hold all of it
 _COLUMNS_THE_COLLATOR_READS = {"labels", "assistant_masks", "attention_mask", "weight"}
+# What truncation does to rows, by the column whose sum it is
+_CUTS = {
+    "truncated": "truncated",
+    "without_completion": "completion_lost",
+    "answers_cut": "answer_cut",
+    "answers_lost": "answer_lost",
+    "completion_cut": "completion_cut",
+}
 # Below this share of the weight a region is as good as left out
 NEGLIGIBLE_SHARE = 0.001
 
@@ -49,8 +58,11 @@ class WeightReport:
     # before truncation, and of the dropped rows too
     lengths: tuple[np.ndarray, np.ndarray]
     # Numbers of rows, `None` if unknown
-    truncated: int | None  # cut to `max_length`
-    without_completion: int | None  # whose whole completion is cut off
+    truncated: int | None = None  # cut to `max_length`
+    without_completion: int | None = None  # whose whole completion is cut off
+    answers_cut: int | None = None  # whose last answer lost its end
+    answers_lost: int | None = None  # whose last answer is cut off whole
+    completion_cut: int | None = None  # the number of their completion tokens that are cut off
     dropped: int | None = None  # because no token has a weight other than zero
     structure: StructureWeights = field(default_factory=StructureWeights)
     loss_divisor: str = "count"  # what the weighted sum is divided by: the "count" or the "weights"
@@ -114,7 +126,7 @@ class WeightReport:
         least, most = self.data_weights
         facts.add_row("weights in the data", "none" if least == most == 1 else f"{least:g} to {most:g}")
         for role, weight in self.structure.role_loss_weights.items():
-            facts.add_row(f"weight of the role {role}", f"{weight:g}")
+            facts.add_row(Text(f"weight of the role {role!a}"), f"{weight:g}")
         if self.structure.chat_template_loss_weight != 1:
             facts.add_row("weight of what the template writes", f"{self.structure.chat_template_loss_weight:g}")
         if self.structure.completion_turns != "all":
@@ -127,6 +139,9 @@ class WeightReport:
         facts.add_row("gradient of the completion against conventional tuning *", scale)
         for name, number in (
             ("rows truncated", self.truncated),
+            ("completion tokens cut off", self.completion_cut),
+            ("rows whose last answer lost its end", self.answers_cut),
+            ("rows whose last answer is cut off whole", self.answers_lost),
             ("rows with no completion left", self.without_completion),
             ("rows dropped", self.dropped),
         ):
@@ -166,7 +181,7 @@ def weigh(
     columns = ["completion_mask", "token_weights"]
     if "seq_lengths" in counted.column_names:  # of the documents of packed rows
         columns.append("seq_lengths")
-    tokens, nonzero, data_weight = dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0), dict.fromkeys(REGIONS, 0.0)
+    totals = np.zeros((3, len(REGIONS)))  # by region: tokens, tokens whose data weight is not zero, data weights
     least, most = np.inf, 0.0
     document_lengths = [np.zeros((2, 0), int)]  # by region
     for table in counted.select_columns(columns).with_format("arrow").iter(batch_size=1000):
@@ -179,32 +194,27 @@ def weigh(
         regions = np.where(np.diff(document, prepend=-1) > 0, -100, regions)  # nothing predicts the first token
         of_targets = weights[regions >= 0]
         least, most = min(least, of_targets.min(initial=np.inf)), max(most, of_targets.max(initial=0))
-        for region in REGIONS:
-            of_region = weights[regions == region]
-            tokens[region] += len(of_region)
-            nonzero[region] += int(np.count_nonzero(of_region))
-            data_weight[region] += float(of_region.sum(dtype=np.float64))
+        index = np.where(regions < 0, 2, regions)
+        totals += [np.bincount(index, values, len(REGIONS)) for values in (None, weights != 0, weights)]
     prompt, completion = np.concatenate(document_lengths, axis=1)
-    truncated = without_completion = None
+    cuts: dict[str, Any] = {}
     if lengths is None and {*LENGTH_COLUMNS} <= {*counted.column_names}:
         lengths = RowLengths.read(counted)
     if lengths is not None:
         prompt, completion = lengths.prompt_length, lengths.completion_length
-        truncated = int(np.count_nonzero(lengths.truncated))
-        without_completion = int(np.count_nonzero(lengths.completion_lost))
+        cuts = {name: int(getattr(lengths, column).sum()) for name, column in _CUTS.items()}
     if partial is None:
         partial = isinstance(rows, IterableDataset) or len(counted) < len(rows)
     return WeightReport(
         rows=len(counted),
         partial=partial,
         loss_weights=loss_weights,
-        tokens=tokens,
-        data_nonzero=nonzero,
-        data_weight=data_weight,
+        tokens=dict(zip(REGIONS, totals[0].astype(int).tolist(), strict=True)),
+        data_nonzero=dict(zip(REGIONS, totals[1].astype(int).tolist(), strict=True)),
+        data_weight=dict(zip(REGIONS, totals[2].tolist(), strict=True)),
         data_weights=(least, most),
         lengths=(prompt, completion),
-        truncated=truncated,
-        without_completion=without_completion,
+        **cuts,
     )
 
 
@@ -214,19 +224,16 @@ def _first_rows(rows: Rows) -> Dataset:
         # `take` of more rows than there are is an error before datasets 5.2
         return rows.take(min(STORED_ROWS, len(rows)))
     first = list(itertools.islice(rows, STREAMED_ROWS))
-    if first and not _is_prepared(first[0]):
-        first = [_read_as_the_collator(row) for row in first]
+    if first and not _is_prepared(first[0]):  # the collator reads their regions and data weights
+        first = [
+            {**row, "completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
+            for row in first
+        ]
     return Dataset.from_list(first)
 
 
 def _is_prepared(columns: Iterable[str]) -> bool:
     return {"completion_mask", "token_weights"} <= {*columns} and _COLUMNS_THE_COLLATOR_READS.isdisjoint(columns)
-
-
-def _read_as_the_collator(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the regions and data weights that the collator reads from a row that nobody prepared."""
-    read = {"completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
-    return {**read, "seq_lengths": row["seq_lengths"]} if "seq_lengths" in row else read
 
 
 def print_report(make_report: Callable[[], WeightReport], max_length: int | None, messages_are_new: bool) -> None:
@@ -237,7 +244,7 @@ def print_report(make_report: Callable[[], WeightReport], max_length: int | None
     try:
         report = make_report()
     except Exception as error:
-        logger.warning(f"There is no table of what is weighted: {error}")
+        logger.warning(f"There is no table of what is weighted: {printable(str(error))}")
         return
     if not PartialState().is_main_process:
         return
@@ -249,6 +256,11 @@ def print_report(make_report: Callable[[], WeightReport], max_length: int | None
         logger.warning(
             f"Rows with no completion left within `max_length={max_length}`: {report.without_completion:,}. They train "
             "their prompt at most. Raise `max_length`, or remove them."
+        )
+    if report.answers_cut and report.tokens[0]:  # in texts, all is completion
+        logger.warning(
+            f"Rows whose last answer lost its end to `max_length={max_length}`: {report.answers_cut:,}; all of it: "
+            f"{report.answers_lost:,}. They do not teach how an answer ends. Raise `max_length`, or remove them."
         )
     for region in report.negligible_regions:
         logger.warning(

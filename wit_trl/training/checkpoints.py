@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from .._upstream import TRAINER_STATE_NAME, sort_checkpoints
-from ..config import LOSS_SETTINGS, WITSFTConfig
+from ..config import WITSFTConfig
 
 
 logger = get_logger(__name__)
@@ -22,7 +22,7 @@ class LossWeightsCallback(TrainerCallback, ExportableState):
         self.weights: dict[str, Any] = {}
 
     def on_train_begin(self, args: WITSFTConfig, *_: Any, **kwargs: Any) -> None:
-        self.weights = {name: getattr(args, name) for name in LOSS_SETTINGS}
+        self.weights = args.loss_settings
 
     def state(self) -> dict[str, dict]:
         """Returns what a checkpoint keeps."""

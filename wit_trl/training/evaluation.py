@@ -1,14 +1,30 @@
 """Evaluation: exact means over an evaluation set, and the loss of each row. `EvaluationMixin` has all of it."""
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from ..data.collator import check_weights
 from .metrics import EvaluationSums
+
+
+logger = get_logger(__name__)
+
+
+@contextmanager
+def set_for_now(target: Any, **values: Any) -> Iterator[None]:
+    """Sets attributes, and sets them back at the end."""
+    before = {name: getattr(target, name) for name in values}
+    vars(target).update(values)
+    try:
+        yield
+    finally:
+        vars(target).update(before)
 
 
 class EvaluationMixin(Trainer):
@@ -47,29 +63,57 @@ class EvaluationMixin(Trainer):
                 "`evaluate_rows` cannot tell packed rows apart. Pass the rows that were packed, or set "
                 "`eval_packing=False`."
             )
-        args = copy.copy(self.args)
-        args.shuffle_dataset, args.train_sampling_strategy = False, "sequential"
-        if not self._is_vision_dataset and "input_ids" not in dataset.column_names:
-            dataset = self._prepare_dataset(dataset, self.processing_class, args, False, None, "eval")
-        of_training, self.args = self.args, args
-        try:
+        with set_for_now(self.args, shuffle_dataset=False, train_sampling_strategy="sequential"):
+            if not self._is_vision_dataset and "input_ids" not in dataset.column_names:
+                dataset = self._prepare_dataset(dataset, self.processing_class, self.args, False, None, "eval")
             self.evaluation_loop(self.get_test_dataloader(dataset), "Evaluation", prediction_loss_only=True)
-        finally:
-            self.args = of_training
+        self._metrics["eval"].clear()  # which the next log would hold
         if self._eval_sums.is_empty:
             raise ValueError("`evaluate_rows` needs the loss of `WITSFTTrainer`, which a subclass has replaced.")
         return Dataset.from_dict(self._eval_sums.rows())
 
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predicts as `Trainer` does. Nothing is logged."""
+        output = super().predict(*args, **kwargs)
+        self._metrics["eval"].clear()
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Returns the data loader of an evaluation set: every row once, whatever the settings of the training."""
+        with self._every_row():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Returns the data loader of a test set: every row once, whatever the settings of the training."""
+        with self._every_row():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _every_row(self) -> Iterator[None]:
+        config = self.accelerator.dataloader_config
+        # Only batches of a stream may be dispatched: it hides which row is which
+        dispatch = False if config.dispatch_batches is False else None
+        # Persistent workers would go on with the first set that they gave
+        order = {"dataloader_drop_last": False, "dataloader_in_order": True, "dataloader_persistent_workers": False}
+        with set_for_now(config, dispatch_batches=dispatch, even_batches=True), set_for_now(self.args, **order):
+            yield
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluates as `Trainer` does. The metrics are those of the class where `compute_loss` was reached."""
-        check_weights(self.data_collator, self.args)
+        self.check_settings()
         self._eval_sums = EvaluationSums(
             self.accelerator, self.args.loss_divisor, self.get_tp_size() * self.get_cp_size()
         )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_sums.is_empty:  # a subclass computes another loss, without this one
             return output
-        metrics = self._eval_sums.metrics(output.metrics.get(f"{metric_key_prefix}_loss"))
+        metrics = self._eval_sums.metrics(output.metrics.pop(f"{metric_key_prefix}_loss", None))
+        if "loss" not in metrics:
+            logger.warning(
+                f"No token of the evaluation set has a weight, so it has no `{metric_key_prefix}_loss`: 0 would be the "
+                "best of all. Raise `max_length`, look for weights of 0 in the data, or set `metric_for_best_model` to "
+                "the loss of a region."
+            )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         of_trl = self._eval_sums.metrics_of_trl()
         of_trl["num_tokens"] = self._train_sums.num_tokens(self.accelerator) // self._tp_size

@@ -5,45 +5,20 @@ The metrics: sums over tokens, to which any number of micro-batches and ranks ca
 2. `TrainingSums` and `EvaluationSums` add the terms up, over micro-batches and ranks.
 3. `means` divides sums by sums, as `MEANS` says.
 
-A new metric is a line in `MEANS`, and one in `TERMS` if it needs a new sum.
+A new metric is a line in `MEANS`, and one in `token_terms` if it needs a new sum.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
 from .._upstream import FusedCausalLMOutput
 
 
-@dataclass(frozen=True)
-class Targets:
-    """The scored targets of a batch. All fields are of shape `(B, T)`."""
-
-    nll: torch.Tensor  # negative log-likelihood, in nats
-    entropy: torch.Tensor  # of the prediction, in nats
-    correct: torch.Tensor  # whether the target is the most likely token
-    weights: torch.Tensor
-    prompt: torch.Tensor  # whether the target is a prompt token
-    completion: torch.Tensor
-
-
-# What a target adds to each sum, by the name of the sum. The nll of an impossible token is infinite
-TERMS = {
-    "prompt_nll": lambda t: t.nll.where(t.prompt, 0),
-    "prompt_count": lambda t: t.prompt,
-    "prompt_correct": lambda t: t.correct & t.prompt,
-    "completion_nll": lambda t: t.nll.where(t.completion, 0),
-    "completion_count": lambda t: t.completion,
-    "completion_correct": lambda t: t.correct & t.completion,
-    "weighted_nll": lambda t: (t.nll * t.weights).where(t.weights != 0, 0),
-    "weighted_count": lambda t: t.weights != 0,
-    "weighted_entropy": lambda t: t.entropy.where(t.weights != 0, 0),
-    "weighted_correct": lambda t: t.correct & (t.weights != 0),
-    "weight": lambda t: t.weights,
-}
 # The metrics, by name: the sum, and what it is divided by. Those of a region are logged if it has tokens
 MEANS = {
     "prompt_loss": ("prompt_nll", "prompt_count"),
@@ -58,83 +33,98 @@ MEANS_OF_TRL = {
 }
 # The loss, by `loss_divisor`
 LOSSES = {"count": ("weighted_nll", "weighted_count"), "weights": ("weighted_nll", "weight")}
-
-Sums = Mapping[str, float]
+# The sums that these need
+TERMS = [*dict.fromkeys(name for pair in [*MEANS.values(), *MEANS_OF_TRL.values(), *LOSSES.values()] for name in pair)]
 
 
 def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """
-    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`.
-
-    Args:
-        outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
-            What `weighted_forward` returns. Its per-token fields are of shape `(B, T)`.
-        weights (`torch.Tensor` of shape `(B, T)`):
-            Weight of each target.
-        regions (`torch.Tensor` of shape `(B, T)`):
-            Region of each target: 1 completion, 0 prompt, -100 none.
+    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`. `outputs` are those of
+    `weighted_forward`. They are of shape `(B, T)`, as the weights and the regions are (1 completion, 0 prompt, -100
+    none).
     """
-    targets = Targets(
-        nll=-outputs.log_probs.float(),
-        entropy=outputs.entropy.detach().float(),
-        correct=outputs.is_top1,
-        weights=weights,
-        prompt=outputs.label_mask & (regions == 0),
-        completion=outputs.label_mask & (regions == 1),
-    )
-    return torch.stack([term(targets) for term in TERMS.values()], dim=-1)
+    nll, entropy, correct = -outputs.log_probs.float(), outputs.entropy.detach().float(), outputs.is_top1
+    prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
+    weighted = weights != 0
+    # The nll of an impossible token is infinite
+    terms = {
+        "prompt_nll": nll.where(prompt, 0),
+        "prompt_count": prompt,
+        "prompt_correct": correct & prompt,
+        "completion_nll": nll.where(completion, 0),
+        "completion_count": completion,
+        "completion_correct": correct & completion,
+        "weighted_nll": (nll * weights).where(weighted, 0),
+        "weighted_count": weighted,
+        "weighted_entropy": entropy.where(weighted, 0),
+        "weighted_correct": correct & weighted,
+        "weight": weights,
+    }
+    return torch.stack([terms[name] for name in TERMS], dim=-1)
 
 
-def means(sums: Sums) -> dict[str, float]:
+def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Returns the unweighted means of each region that has tokens: loss, in nats per token, and accuracy."""
     return {name: sums[total] / sums[count] for name, (total, count) in MEANS.items() if sums[count]}
 
 
-def means_of_trl(sums: Sums) -> dict[str, float]:
+def means_of_trl(sums: Mapping[str, float]) -> dict[str, float]:
     """Returns the means that TRL logs."""
     return {name: sums[total] / (sums[count] or 1) for name, (total, count) in MEANS_OF_TRL.items()}
 
 
-class TrainingSums:
-    """What training steps of this rank add up on a device, without making the host wait."""
+class TrainingSums(TrainerCallback):
+    """
+    What training steps of this rank add up on a device, without making the host wait. What is left of a training that
+    failed, such as a try of `auto_find_batch_size`, is dropped when the next one begins.
+    """
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
-        self._tokens = torch.zeros(len(TERMS), dtype=dtype, device=device)
-        self._aux_loss = torch.zeros((), dtype=dtype, device=device)
-        self._num_tokens = torch.zeros((), dtype=dtype, device=device)
+        # The terms, the auxiliary loss, and the number of tokens of any kind
+        self._sums = torch.zeros(len(TERMS) + 2, dtype=dtype, device=device)
         self._micro_batches = 0
         self._has_aux_loss = False
+        self._num_tokens = 0  # of all ranks, up to the last log
+        self._num_tokens_before = 0  # this training
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self._sums.zero_()
+        self._micro_batches = 0
+        self._num_tokens = self._num_tokens_before
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self._num_tokens_before = self._num_tokens
 
     def add(self, terms: torch.Tensor, num_tokens: torch.Tensor | int, aux_loss: torch.Tensor | None) -> None:
         """Adds a micro-batch: its `token_terms`, its number of tokens of any kind, and its auxiliary loss."""
-        self._tokens += terms.sum((0, 1)).to(self._tokens)
-        self._num_tokens += num_tokens
+        self._sums[:-2] += terms.sum((0, 1)).to(self._sums)
+        self._sums[-1] += num_tokens
         self._micro_batches += 1
         if aux_loss is not None:
-            self._aux_loss += aux_loss.detach().to(self._aux_loss)
+            self._sums[-2] += aux_loss.detach().to(self._sums)
             self._has_aux_loss = True
 
     def num_tokens(self, accelerator: Accelerator) -> int:
         """Returns the number of tokens of all ranks since the start."""
-        return int(accelerator.reduce(self._num_tokens))
+        return self._num_tokens + int(accelerator.reduce(self._sums[-1]))
 
     def metrics_since_last_call(self, accelerator: Accelerator, repeats: int) -> dict[str, float]:
         """
         Returns the metrics of all ranks since the last call, and `"num_tokens"` since the start, where `repeats` ranks
         have a batch in common. Returns nothing if there was no micro-batch.
         """
-        values = torch.cat([self._tokens, torch.stack([self._aux_loss, self._num_tokens])])
-        *tokens, aux_loss, num_tokens = accelerator.reduce(values).tolist()
-        micro_batches = self._micro_batches * accelerator.num_processes
-        if not micro_batches:
+        *tokens, aux_loss, num_tokens = accelerator.reduce(self._sums).tolist()
+        if not self._micro_batches:
             return {}
-        self._tokens.zero_()
-        self._aux_loss.zero_()
-        self._micro_batches = 0
+        self._num_tokens += int(num_tokens)
         sums = dict(zip(TERMS, tokens, strict=True))
-        metrics = {"num_tokens": int(num_tokens) // repeats, **means_of_trl(sums), **means(sums)}
-        return metrics | ({"aux_loss": aux_loss / micro_batches} if self._has_aux_loss else {})
+        metrics = {"num_tokens": self._num_tokens // repeats, **means_of_trl(sums), **means(sums)}
+        if self._has_aux_loss:
+            metrics["aux_loss"] = aux_loss / (self._micro_batches * accelerator.num_processes)
+        self._sums.zero_()
+        self._micro_batches = 0
+        return metrics
 
 
 class EvaluationSums:
@@ -154,24 +144,12 @@ class EvaluationSums:
 
     def add(
         self,
-        terms: torch.Tensor,
-        example_lengths: torch.Tensor | None,
-        loss: torch.Tensor | None,
+        terms: torch.Tensor,  # the `token_terms` of a batch
+        example_lengths: torch.Tensor | None,  # numbers of tokens of the examples, if all are in one row
+        loss: torch.Tensor | None,  # of the batch, where a subclass may return another one
         aux_loss: torch.Tensor | None,
     ) -> None:
-        """
-        Adds a batch of all ranks.
-
-        Args:
-            terms (`torch.Tensor` of shape `(B, T, len(TERMS))`):
-                Its `token_terms`.
-            example_lengths (`torch.Tensor`, *optional*):
-                Numbers of tokens of the examples, if all are in one row.
-            loss (`torch.Tensor`, *optional*):
-                Loss of the batch, where a subclass may return another one.
-            aux_loss (`torch.Tensor`, *optional*):
-                Auxiliary loss of the batch.
-        """
+        """Adds a batch of all ranks."""
         if example_lengths is None:
             by_example = terms.sum(1)
         else:  # without the first token of the row, which nothing predicts
@@ -206,15 +184,17 @@ class EvaluationSums:
 
     def metrics(self, loss_of_trainer: float | None) -> dict[str, float]:
         """
-        Returns the metrics of each region, and the weighted loss unless a subclass returned another one: `Trainer`
-        averages the losses of batches, which is no mean over tokens.
+        Returns the metrics of each region, and the loss: the weighted one, of which there is none without a token that
+        has a weight, unless a subclass returned another one. `Trainer` averages the losses of batches, which is no mean
+        over tokens.
         """
-        total, divisor = LOSSES[self._divisor]
-        metrics, own = means(self._sums), {"loss": self._sums[total] / (self._sums[divisor] or 1)}
-        if not self._losses or loss_of_trainer is None:
-            return metrics | own
-        mean = sum(self._losses) / len(self._losses)
-        return metrics | (own if math.isclose(mean, loss_of_trainer, rel_tol=1e-6) else {})
+        total, divisor = (self._sums[name] for name in LOSSES[self._divisor])
+        loss = {"loss": total / divisor} if divisor else {}
+        if self._losses and loss_of_trainer is not None:
+            mean = sum(self._losses) / len(self._losses)
+            if not math.isclose(mean, loss_of_trainer, rel_tol=1e-6):
+                loss = {"loss": loss_of_trainer}
+        return means(self._sums) | loss
 
 
 def gather_examples(accelerator: Accelerator, by_example: torch.Tensor, repeats: int) -> torch.Tensor:

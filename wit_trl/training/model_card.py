@@ -3,7 +3,8 @@
 import textwrap
 from pathlib import Path
 
-from ..config import LOSS_SETTINGS, WITSFTConfig
+from .. import __version__
+from ..config import WITSFTConfig
 
 
 PAPER = {
@@ -22,10 +23,12 @@ PAPER = {
 }
 
 
-def add_weights(args: WITSFTConfig) -> None:
-    """Adds the weights of prompt and completion to the card in `output_dir`, and what else of the loss was set."""
-    defaults = {name: args.__dataclass_fields__[name].default for name in LOSS_SETTINGS[2:]}
-    names = [*LOSS_SETTINGS[:2], *(name for name, default in defaults.items() if getattr(args, name) != default)]
-    shown = ", ".join(f"{name}: {getattr(args, name)}" for name in names)
-    with Path(args.output_dir, "README.md").open("a", encoding="utf-8") as card:
-        card.write(f"\n## Weights of the loss\n\n{shown}\n")
+def complete_card(args: WITSFTConfig) -> None:
+    """Adds to TRL's card in `output_dir` what decides about the loss, and the version of this package."""
+    path = Path(args.output_dir, "README.md")
+    card = path.read_text(encoding="utf-8")
+    # TRL names no model that is in a folder
+    card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", "was fine-tuned")
+    card = card.replace("### Framework versions\n\n", f"### Framework versions\n\n- wit_trl: {__version__}\n")
+    settings = "\n".join(f"- {name}: {value}" for name, value in args.loss_settings.items())
+    path.write_text(f"{card}\n## Settings of the loss\n\n{settings}\n", encoding="utf-8")

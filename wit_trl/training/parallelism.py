@@ -4,8 +4,9 @@ parallelism. `ParallelMixin` has all that the trainer does otherwise there.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class ParallelMixin(Trainer):
     What [`WITSFTTrainer`] does otherwise where ranks share a sequence.
 
     The weights and regions of targets are moved and split as the labels are, and the loss is scaled so that its
-    gradient is that of one process. The data loader of DeepSpeed starts each epoch in the order of that epoch.
+    gradient is that of one process. The data loader of DeepSpeed starts each epoch in the order of that epoch. Every
+    step has all its batches, also where a stream ends.
     """
 
     def prepare_parallelism(self) -> None:
@@ -100,9 +102,22 @@ class ParallelMixin(Trainer):
             self.data_collator = collator
 
     def _run_epoch(self, **kwargs: Any) -> None:
+        if kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._left_over: list[dict[str, Any]] = []
         if self.get_sp_size() > 1:
             restart(kwargs["train_dataloader"], kwargs["epoch"])
         return super()._run_epoch(**kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """
+        Returns the batches of a step. Those of a stream that ends before it has enough of them begin the first step of
+        the next epoch: `Trainer` would add their gradient to that of this step.
+        """
+        batches = [*self._left_over, *itertools.islice(epoch_iterator, num_batches - len(self._left_over))]
+        self._left_over = batches if len(batches) < num_batches else []
+        return ([], None) if self._left_over else (batches, self._get_num_items_in_batch(batches, device))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if self.get_sp_size() == 1:
