@@ -215,7 +215,7 @@ def test_histogram_alone(run, model_folder, jsonl, tmp_path):
         (["--model_name_or_path", "MODEL"], "Pass both --model_name_or_path and --dataset_name, or neither"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "missing.jsonl"], "missing.jsonl"),
         (["--model_name_or_path", "missing", "--dataset_name", "DATA"], "We couldn't connect"),
-        (["--model_name_or_path", "MODEL", "--dataset_name", "broken.jsonl"], "JSON parse error"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "broken.jsonl"], "broken.jsonl, line 1: this is not JSON"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "no.jsonl"], "There is no file no.jsonl, or it is empty"),
         (
             ["--model_name_or_path", "MODEL", "--dataset_name", "empty.csv"],

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from trl import TrlParser
 
 from wit_trl import cli
 from wit_trl.cli import arguments, inspect, launch, sft
@@ -36,8 +35,7 @@ def run(monkeypatch, tmp_path):
         flags = launched.pop()
         assert flags.module
         assert flags.training_script == "wit_trl.cli.sft"
-        parser = TrlParser(arguments.TRAINING_TYPES)
-        return flags, parser.parse_args_and_config(flags.training_script_args, fail_with_unknown_args=False)
+        return flags, arguments.Flags(arguments.TRAINING_TYPES, flags.training_script_args).check()
 
     return run
 
@@ -77,13 +75,15 @@ def test_flags_reach_the_launcher_or_the_training(run, tmp_path):
     config = {"accelerate_config": "fsdp", "num_processes": 4, "same_network": True, "tpu": False, "max_steps": 3}
     config |= {"learning_rate": 0.1, "env": {"OMP_NUM_THREADS": "3"}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    flags, (script_args, args, *_) = run(
+    flags, checked = run(
         *("--num_processes", 2, "--config", "config.yaml", "--use_cpu", "True", "--bf16", "False", "--same_network"),
         *("false", "--learning_rate", 2, "--main-process-port=5", "--dataset_name", 2),
+        *("--model_name_or_path", "model"),
     )
     assert Path(flags.config_file).stem == "fsdp"
     assert (flags.num_processes, flags.main_process_port, flags.same_network, flags.tpu) == (2, 5, True, False)
-    assert (args.max_steps, args.learning_rate, args.use_cpu, script_args.dataset_name) == (3, 2, True, "2")
+    args = checked.training
+    assert (args.max_steps, args.learning_rate, args.use_cpu, checked.script.dataset_name) == (3, 2, True, "2")
     assert {"--num_processes", "--same_network", "--main-process-port=5"}.isdisjoint(flags.training_script_args)
     assert flags.num_cpu_threads_per_process is None  # OMP_NUM_THREADS says how many
     assert run("--config=config.yaml", "--use_cpu")[0].num_processes == 4
@@ -139,6 +139,7 @@ def failed(exitcode):
         (failed(-9), 137),
         (SignalException("", signal.SIGTERM), 143),
         (KeyboardInterrupt(), 130),
+        (subprocess.CalledProcessError(-15, "python"), 143),
     ],
 )
 def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
@@ -146,11 +147,16 @@ def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
         raise failure
 
     monkeypatch.setattr(launch, "launch_command", launch_command)
+    monkeypatch.setattr(launch.psutil, "wait_procs", lambda processes, timeout: ([], []))
     with pytest.raises(SystemExit) as ended:
         cli.main(["sft"])
     assert ended.value.code == status
-    killed = "error: SIGKILL ended a process of the training. SIGKILL often means too little memory.\n"
-    assert capsys.readouterr().err == (killed if status == 137 else "")
+    said = {
+        130: "Interrupted. With --resume_from_checkpoint True, it goes on from its last checkpoint.\n",
+        137: "error: SIGKILL ended a process of the training. Often there was too little memory.\n",
+        143: "" if isinstance(failure, SignalException) else "error: SIGTERM ended a process of the training.\n",
+    }
+    assert capsys.readouterr().err == said.get(status, "")
 
 
 @pytest.mark.parametrize("command", ["sft", "inspect"])
@@ -161,9 +167,9 @@ def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
         (["--promt-loss-weight=1"], "There is no flag --promt-loss-weight. Did you mean --prompt_loss_weight?"),
         (["--num_proceses", "2"], "There is no flag --num_proceses. Did you mean --num_processes?"),
         (["--qqqq"], "There is no flag --qqqq. `wit-trl {} -h` lists the flags."),
-        (["--config", "key.yaml"], "The YAML file has a key that is no flag: max_step. Did you mean max_steps?"),
-        (["--config"], "--config needs the name of a YAML file after it."),
-        (["--max_steps", "many"], "Argument --max_steps/--max-steps: invalid int value: 'many'. `wit-trl {} -h` lists"),
+        (["--config", "key.yaml"], "There is no flag --max_step. Did you mean --max_steps?"),
+        (["--config"], "Argument --config: expected one argument. `wit-trl {} -h` lists the flags."),
+        (["--max_steps", "many"], "Argument --max_steps: invalid int value: 'many'. `wit-trl {} -h` lists"),
         (["--num_processes", "many"], "Argument --num_processes/--num-processes: invalid int value: 'many'. `accel"),
         (["--max_steps", "1", "data.jsonl"], "'data.jsonl' is the value of no flag. Remove it, or put its flag before"),
     ],
@@ -227,10 +233,9 @@ def test_version_is_what_a_bug_report_needs(monkeypatch, capsys):
     assert {"trl", "datasets", "accelerate", "bitsandbytes", "deepspeed"} < set(facts)
 
 
-@pytest.mark.parametrize("module", ["wit_trl", "wit_trl.cli"])
-def test_module_runs_and_help_needs_no_torch(module):
-    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '-h']; runpy.run_module({module!r})"
-    code = code.replace("runpy.run_module(", "runpy.run_module(run_name='__main__', mod_name=")
+def test_module_runs_and_help_needs_no_torch():
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '-h']; "
+    code += "runpy.run_module('wit_trl', run_name='__main__')"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect}")

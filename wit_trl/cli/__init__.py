@@ -2,9 +2,9 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 
 # The module of each command. Its `main` runs it
@@ -17,22 +17,18 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="wit-trl", description="Weighted Instruction Tuning for TRL.", allow_abbrev=False
     )
-    parser.add_argument("--version", action=_Versions, help="print what a bug report needs, and exit")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="store_true", help="print what a bug report needs, and exit")
+    commands = parser.add_subparsers(dest="command", required="--version" not in args[:1])
     # The command itself parses its flags and prints their help
     commands.add_parser("sft", add_help=False, help="train a model, on any number of devices")
     commands.add_parser("sweep", add_help=False, help="search the weights: train some, and compare")
     commands.add_parser("inspect", add_help=False, help="show tokens and their weights as the trainer sees them")
-    command = parser.parse_args(args[:1]).command
-    importlib.import_module(f"wit_trl.{_MODULES[command]}").main(args[1:])
-
-
-class _Versions(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+    given = parser.parse_args(args[:1])
+    if given.version:
         from .versions import versions
 
         print(versions(), end="")
-        parser.exit()
+        sys.exit()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill a file with escapes
+    importlib.import_module(f"wit_trl.{_MODULES[given.command]}").main(args[1:])
