@@ -1,8 +1,10 @@
 """`wit-trl inspect` as users run it, and its page in a real browser."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +255,15 @@ def test_errors_end_in_one_sentence(arguments, message, run, model_folder, jsonl
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_output_that_nothing_reads_any_more(run, model_folder, jsonl):
+    """As with `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken, contextlib.redirect_stdout(broken):
+        error = run("--model_name_or_path", model_folder, "--dataset_name", jsonl, fails=True)
+    assert error in ("1", str(128 + signal.SIGPIPE))  # of rich or ours, and no sentence
 
 
 def test_without_matplotlib(run, monkeypatch):

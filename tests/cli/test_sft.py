@@ -61,6 +61,44 @@ def test_folder_without_a_model_keeps_its_error(error, jsonl, tmp_path):
     assert "Unrecognized" in error("--model_name_or_path", "empty", "--dataset_name", jsonl)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--model_name_or_path", "missing", "--dataset_name", "DATA"],
+            "There is no folder missing, and the Hub gives",
+        ),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "missing.jsonl"], "There is no file missing.jsonl, or it"),
+        (
+            ["--model_name_or_path", "adapter", "--dataset_name", "DATA"],
+            "adapter holds an adapter without its model. M",
+        ),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--report_to", "tensorbored"],
+            "--report_to tensorbored needs a package that is not here. Install it, or pass --report_to none.",
+        ),
+    ],
+)
+def test_what_is_missing_leaves_no_output_folder(args, message, error, model_folder, jsonl, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    names = {"MODEL": model_folder, "DATA": jsonl}
+    assert message in error(*(names.get(arg, arg) for arg in args), "--output_dir", "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_that_is_none(error, model_folder, jsonl, tmp_path):
+    args = ("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--output_dir", "out", "--report_to", "none")
+    assert error(*args, "--resume_from_checkpoint", "/nosuch").startswith(
+        "error: --resume_from_checkpoint is /nosuch, but there is no such folder. True takes the last one."
+    )
+    for state in ("[]", "3", '{"other": 1}'):
+        (tmp_path / "out" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").write_text(state)
+        message = error(*args, "--resume_from_checkpoint", "True")
+        assert message.startswith("error: There is no complete checkpoint in `out` to resume from.")
+
+
 @pytest.mark.parametrize("folder", ["file", "file/deeper", "locked"])
 def test_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(folder, error, tmp_path, monkeypatch):
     (tmp_path / "file").touch()

@@ -4,9 +4,12 @@ import argparse
 import importlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 
+LAUNCHER = "WIT_TRL_LAUNCHER"  # the variable that tells a training which process launched it
 # The module of each command. Its `main` runs it
 _MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspect"}
 
@@ -32,3 +35,16 @@ def main(args: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill a file with escapes
     importlib.import_module(f"wit_trl.{_MODULES[given.command]}").main(args[1:])
+
+
+def end_with_launcher() -> None:
+    """Ends this process soon after the `wit-trl sft` that launched it, which may be killed before it can end it."""
+    launcher = int(os.environ.pop(LAUNCHER, 0))
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+
+    if launcher:
+        threading.Thread(target=watch, daemon=True).start()

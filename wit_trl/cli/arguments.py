@@ -37,7 +37,6 @@ from ..report.page import printable
 
 TRAINING_TYPES = (ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig)
 T = TypeVar("T")
-LAUNCHER = "WIT_TRL_LAUNCHER"  # the variable that tells a training which process launched it
 _SHOWN = 2000  # characters at each end of a long error
 
 _EPILOG = """

@@ -18,7 +18,8 @@ from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .arguments import LAUNCHER, TRAINING_TYPES, Flags, errors_in_one_sentence, parse_launch_flags, split_debug
+from . import LAUNCHER
+from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_launch_flags, split_debug
 
 
 # In a wheel they are in the package, in a clone at the top

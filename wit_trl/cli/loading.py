@@ -13,7 +13,6 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.data_files import get_data_patterns
 from datasets.exceptions import DatasetsError
-from pyarrow import ArrowInvalid
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 from trl.scripts.utils import DatasetConfig
@@ -51,7 +50,7 @@ def errors_of_data(script_args: ScriptArguments, dataset_args: DatasetMixtureCon
     """Raises `ValueError` with the file and the line if local data is read within, and cannot be read."""
     try:
         yield
-    except (ArrowInvalid, DatasetsError, UnicodeDecodeError):
+    except (DatasetsError, ValueError):
         for name in [part.path for part in dataset_args.datasets] or [script_args.dataset_name or ""]:
             _check_text(Path(name))
         raise
@@ -125,16 +124,16 @@ def _literal(folder: Path, files: Any) -> Any:
 
 def _check_text(path: Path) -> None:
     """Raises `ValueError` with the first line of a file that is not UTF-8, or not JSON where it should be."""
-    kind = _kind(path)
-    if not path.is_file() or _LOADERS[kind] not in ("json", "csv", "text"):
+    loader = _LOADERS.get(_kind(path))
+    if not path.is_file() or loader not in ("json", "csv", "text"):
         return
     with fsspec.open(str(path), compression="infer") as file:
         content = file.read()
-    lines = [content] if kind == ".json" and content.lstrip()[:1] == b"[" else content.splitlines()
+    lines = [content] if content.lstrip()[:1] == b"[" else content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode()
-            if _LOADERS[kind] == "json" and text.strip():
+            if loader == "json" and text.strip():
                 json.loads(text)
         except UnicodeDecodeError as error:
             number += line.count(b"\n", 0, error.start)

@@ -8,8 +8,6 @@ import importlib.util
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,21 +20,9 @@ from ..config import WITSFTConfig
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 from ..trainer import WITSFTTrainer
 from ..training.checkpoints import checkpoint_to_resume
-from .arguments import LAUNCHER, TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, split_debug
+from . import end_with_launcher
+from .arguments import TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, split_debug
 from .loading import errors_of_data, errors_of_model, load_data, select_splits
-
-
-def end_with_launcher() -> None:
-    """Ends this process soon after the `wit-trl sft` that launched it, which may be killed before it can end it."""
-    launcher = int(os.environ.pop(LAUNCHER, 0))
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os._exit(1)
-
-    if launcher:
-        threading.Thread(target=watch, daemon=True).start()
 
 
 def check_output_dir(folder: Path) -> None:
