@@ -34,6 +34,8 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill a file with escapes
+    # The training runs in other processes. PEFT takes seconds to import, and bitsandbytes says something each time
+    sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
     importlib.import_module(f"wit_trl.{_MODULES[given.command]}").main(args[1:])
 
 

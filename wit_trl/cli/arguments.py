@@ -26,12 +26,10 @@ from types import NoneType
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
-from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from ..config import WITSFTConfig
-from ..embedded import EMBEDDED_DEFAULTS
 from ..report.page import printable
 
 
@@ -60,8 +58,10 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # what reads the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (DatasetsError, ImportError, OSError, ValueError, yaml.YAMLError) as error:
-        if debug:
+    except Exception as error:
+        from datasets.exceptions import DatasetsError  # imported by now, but for the mere flags
+
+        if debug or not isinstance(error, DatasetsError | ImportError | OSError | ValueError | yaml.YAMLError):
             raise
         message = f"error: {error}"
         if isinstance(error, DatasetsError) and error.__cause__:
@@ -115,7 +115,7 @@ class Flags:
         args: Sequence[str],  # without a `--debug` that has no value
         prog: str | None = None,
         defaults: dict[str, Any] | None = None,
-        embedded_defaults: dict[str, Any] = EMBEDDED_DEFAULTS,  # further defaults, for the embedded model and data
+        embedded_defaults: dict[str, Any] | None = None,  # further defaults, for the embedded model and data
     ):
         self.args, self.defaults, self.embedded_defaults = list(args), defaults or {}, embedded_defaults
         parser = _Parser(dataclass_types, prog, self.defaults)
@@ -143,7 +143,11 @@ class Flags:
     @property
     def values(self) -> dict[str, Any]:
         """The values by the name of the flag, with all defaults that are not those of the dataclasses."""
-        return (self.embedded_defaults if self.is_embedded else {}) | self.defaults | self.given
+        if not self.is_embedded:
+            return self.defaults | self.given
+        from ..embedded import EMBEDDED_DEFAULTS  # imports `transformers`, for which `--help` does not wait
+
+        return (self.embedded_defaults or EMBEDDED_DEFAULTS) | self.defaults | self.given
 
     def make(self, dataclass_type: type[T]) -> T:
         """Returns an instance of a dataclass. Raises `ValueError` for a model without data, or what it refuses."""
