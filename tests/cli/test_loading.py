@@ -87,7 +87,7 @@ def test_other_forms_of_a_data_set(name, mixture, folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tsv", b"prompt\tcompletion\n", "a.tsv cannot be loaded. Files that can are .jsonl, .json, .csv, .parquet"),
+        ("a.tsv", b"prompt\tcompletion\n", "a.tsv cannot be loaded. Files of .jsonl, .json, .csv, .parquet"),
         ("a.jsonl", '{"a": "b"}\n'.encode("utf-16"), "a.jsonl, line 1: this is not UTF-8. Save the file as UTF-8."),
         ("a.jsonl", b'{"a": "b"}\n{"a": "caf\xe9"}\n', "a.jsonl, line 2: this is not UTF-8. Save the file as UTF-8."),
         ("a.csv", b"a,b\nc,d\ncaf\xe9,x\n", "a.csv, line 3: this is not UTF-8. Save the file as UTF-8."),

@@ -76,10 +76,7 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
 
 
 def split_debug(args: Sequence[str] | None = None) -> tuple[list[str], bool]:
-    """
-    Returns the arguments without `--debug`, and whether it was there. With a value it is a flag of the training. By
-    default the arguments are those of the process.
-    """
+    """Returns the arguments, by default of the process, and whether a `--debug` without a value was among them."""
     args = sys.argv[1:] if args is None else args
     pairs = itertools.pairwise([*args, "-"])
     left = [arg for arg, following in pairs if arg != "--debug" or not following.startswith("-")]
@@ -104,10 +101,7 @@ class Arguments:
 
 
 class Flags:
-    """
-    The flags of a command as they were given, on the command line and in the file of `--config`. Raises `ValueError`
-    for a flag that does not exist, or a value of another type.
-    """
+    """The flags as given, on the command line and in a file. Raises `ValueError` for unknown ones and wrong values."""
 
     def __init__(
         self,
@@ -194,9 +188,7 @@ class _Parser(TrlParser):
                 ours._group_actions.append(action)
         hints = [hint for kind in dataclass_types for hint in get_type_hints(kind).items()]
         self._may_be_null = {name for name, hint in hints if NoneType in get_args(hint)}
-        ours.add_argument(
-            "--config", action="append", default=argparse.SUPPRESS, help="YAML file with any of the flags"
-        )
+        ours.add_argument("--config", action="append", default=argparse.SUPPRESS, help="YAML file with any flags.")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[0].upper()}{message[1:]}. `{self.prog} -h` lists the flags.")

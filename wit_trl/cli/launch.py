@@ -92,10 +92,7 @@ def _suit_cpu(launched: Namespace, use_cpu: bool) -> None:
 
 
 def _run(launched: Namespace) -> None:
-    """
-    Launches the training, and ends this process with its exit status if it fails. The training has said why, so the
-    traceback of the launcher is left out.
-    """
+    """Launches the training, and ends this process with its exit status if it fails. The training has said why."""
     # These loggers repeat the exit status of each process
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

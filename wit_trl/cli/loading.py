@@ -64,9 +64,8 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
     with errors_of_data(script_args, dataset_args):
         if not dataset_args.datasets:
             data = _as_named(DatasetConfig(script_args.dataset_name, script_args.dataset_config))
-            return load_dataset(
-                data.path, data.name, data_files=data.data_files, streaming=script_args.dataset_streaming
-            )
+            streaming = script_args.dataset_streaming
+            return load_dataset(data.path, data.name, data_files=data.data_files, streaming=streaming)
         named = replace(dataset_args, datasets=[_as_named(part) for part in dataset_args.datasets])
         # TRL splits a mixture with numpy's global generator. Its state must be the same in each process
         state = np.random.get_state()
@@ -87,9 +86,7 @@ def _as_named(data: DatasetConfig) -> DatasetConfig:
     path, kind = Path(data.path), _kind(Path(data.path))
     if path.is_file() and kind not in _LOADERS:
         known = f"{', '.join(_LOADERS)}, alone or compressed ({', '.join(_COMPRESSIONS)})"
-        raise ValueError(
-            f"{path} cannot be loaded. Files that can are {known}, and folders of them or of save_to_disk."
-        )
+        raise ValueError(f"{path} cannot be loaded. Files of {known} can, and folders of them or of `save_to_disk`.")
     if kind in _LOADERS and not path.is_dir():
         if not path.is_file() or path.stat().st_size == 0:
             raise ValueError(f"There is no file {path}, or it is empty.")

@@ -1,8 +1,4 @@
-"""
-`wit-trl sft`: the training, in each of its processes. `launch.py` starts them.
-
-`examples/sft_wit.py` runs this module too.
-"""
+"""`wit-trl sft`: the training, in each of the processes that `launch.py` starts, or of `examples/sft_wit.py`."""
 
 import importlib.util
 import os
@@ -135,10 +131,7 @@ def show_sample(trainer: WITSFTTrainer, prompt: str) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """
-    Trains in this process, saves the model and reports. `args` are the flags of the training, by default those of the
-    process.
-    """
+    """Trains in this process, saves the model and reports. `args` are the flags, by default those of the process."""
     args, debug = split_debug(args)
     end_with_launcher()
     with errors_in_one_sentence(debug):
