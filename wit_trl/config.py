@@ -4,19 +4,21 @@ import copy
 import dataclasses
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.distributed import get_world_size, is_initialized
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
-from ._upstream import get_config_model_id
 from .loss.functions import FUSED_HEADS
 from .loss.token_factors import TOKEN_FACTORS
 from .weights import WEIGHT_RANGE, StructureWeights, is_weight
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What decides about the weights of tokens, besides the data. A collator has the fields that it needs
 STRUCTURE_SETTINGS = ("role_loss_weights", "chat_template_loss_weight", "completion_turns")
@@ -186,6 +188,8 @@ class WITSFTConfig(SFTConfig):
             `ValueError`: `args` has fields that this class has not.
         """
         if args is None:
+            from ._upstream import get_config_model_id  # imports all of TRL, which the flags of a command do not need
+
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             return cls(f"{model_name.split('/')[-1]}-WIT")
         if isinstance(args, cls):

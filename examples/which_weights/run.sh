@@ -13,7 +13,7 @@ FOLDER=${FOLDER:-runs/which_weights/$SIZE}
 if [ "$SIZE" = small ]; then
     rows=(64 48)
     flags=(--ratios 0 0.25 1 --seeds 1 2 3 --num_train_epochs 2 --per_device_train_batch_size 4
-        --gradient_checkpointing False --retention_prompts 8)
+        --activation_checkpointing False --retention_prompts 8)
 else
     rows=(2000 300)
     flags=(--ratios 0 0.1 0.25 0.5 1 --seeds 1 2 3 4 5 --num_train_epochs 3 --per_device_train_batch_size 16)

@@ -49,7 +49,7 @@ def train(weights: tuple[float, float], limit: float) -> list[torch.Tensor]:
         learning_rate=2e-3,
         warmup_steps=10,
         adam_epsilon=1e-30,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         use_cpu=True,
         bf16=False,
         save_strategy="no",

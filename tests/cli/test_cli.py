@@ -1,8 +1,10 @@
 """`wit-trl inspect` as users run it, and its page in a real browser."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -215,7 +217,7 @@ def test_histogram_alone(run, model_folder, jsonl, tmp_path):
         (["--model_name_or_path", "MODEL"], "Pass both --model_name_or_path and --dataset_name, or neither"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "missing.jsonl"], "missing.jsonl"),
         (["--model_name_or_path", "missing", "--dataset_name", "DATA"], "We couldn't connect"),
-        (["--model_name_or_path", "MODEL", "--dataset_name", "broken.jsonl"], "JSON parse error"),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "broken.jsonl"], "broken.jsonl, line 1: this is not JSON"),
         (["--model_name_or_path", "MODEL", "--dataset_name", "no.jsonl"], "There is no file no.jsonl, or it is empty"),
         (
             ["--model_name_or_path", "MODEL", "--dataset_name", "empty.csv"],
@@ -253,6 +255,15 @@ def test_errors_end_in_one_sentence(arguments, message, run, model_folder, jsonl
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_output_that_nothing_reads_any_more(run, model_folder, jsonl):
+    """As with `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as broken, contextlib.redirect_stdout(broken):
+        error = run("--model_name_or_path", model_folder, "--dataset_name", jsonl, fails=True)
+    assert error == str(128 + signal.SIGPIPE)
 
 
 def test_without_matplotlib(run, monkeypatch):

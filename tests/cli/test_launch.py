@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +13,10 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from trl import TrlParser
 
 from wit_trl import cli
 from wit_trl.cli import arguments, inspect, launch, sft
+from wit_trl.sweep.arguments import SweepArguments
 
 
 CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
@@ -36,8 +38,7 @@ def run(monkeypatch, tmp_path):
         flags = launched.pop()
         assert flags.module
         assert flags.training_script == "wit_trl.cli.sft"
-        parser = TrlParser(arguments.TRAINING_TYPES)
-        return flags, parser.parse_args_and_config(flags.training_script_args, fail_with_unknown_args=False)
+        return flags, arguments.Flags(arguments.TRAINING_TYPES, flags.training_script_args).check()
 
     return run
 
@@ -77,13 +78,15 @@ def test_flags_reach_the_launcher_or_the_training(run, tmp_path):
     config = {"accelerate_config": "fsdp", "num_processes": 4, "same_network": True, "tpu": False, "max_steps": 3}
     config |= {"learning_rate": 0.1, "env": {"OMP_NUM_THREADS": "3"}}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    flags, (script_args, args, *_) = run(
+    flags, checked = run(
         *("--num_processes", 2, "--config", "config.yaml", "--use_cpu", "True", "--bf16", "False", "--same_network"),
         *("false", "--learning_rate", 2, "--main-process-port=5", "--dataset_name", 2),
+        *("--model_name_or_path", "model"),
     )
     assert Path(flags.config_file).stem == "fsdp"
     assert (flags.num_processes, flags.main_process_port, flags.same_network, flags.tpu) == (2, 5, True, False)
-    assert (args.max_steps, args.learning_rate, args.use_cpu, script_args.dataset_name) == (3, 2, True, "2")
+    args = checked.training
+    assert (args.max_steps, args.learning_rate, args.use_cpu, checked.script.dataset_name) == (3, 2, True, "2")
     assert {"--num_processes", "--same_network", "--main-process-port=5"}.isdisjoint(flags.training_script_args)
     assert flags.num_cpu_threads_per_process is None  # OMP_NUM_THREADS says how many
     assert run("--config=config.yaml", "--use_cpu")[0].num_processes == 4
@@ -139,6 +142,7 @@ def failed(exitcode):
         (failed(-9), 137),
         (SignalException("", signal.SIGTERM), 143),
         (KeyboardInterrupt(), 130),
+        (subprocess.CalledProcessError(-15, "python"), 143),
     ],
 )
 def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
@@ -146,11 +150,16 @@ def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
         raise failure
 
     monkeypatch.setattr(launch, "launch_command", launch_command)
+    monkeypatch.setattr(launch.psutil, "wait_procs", lambda processes, timeout: ([], []))
     with pytest.raises(SystemExit) as ended:
         cli.main(["sft"])
     assert ended.value.code == status
-    killed = "error: SIGKILL ended a process of the training. SIGKILL often means too little memory.\n"
-    assert capsys.readouterr().err == (killed if status == 137 else "")
+    said = {
+        130: "Interrupted. With --resume_from_checkpoint True, it goes on from its last checkpoint.\n",
+        137: "error: SIGKILL ended a process of the training. Often there was too little memory.\n",
+        143: "" if isinstance(failure, SignalException) else "error: SIGTERM ended a process of the training.\n",
+    }
+    assert capsys.readouterr().err == said.get(status, "")
 
 
 @pytest.mark.parametrize("command", ["sft", "inspect"])
@@ -161,9 +170,10 @@ def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
         (["--promt-loss-weight=1"], "There is no flag --promt-loss-weight. Did you mean --prompt_loss_weight?"),
         (["--num_proceses", "2"], "There is no flag --num_proceses. Did you mean --num_processes?"),
         (["--qqqq"], "There is no flag --qqqq. `wit-trl {} -h` lists the flags."),
-        (["--config", "key.yaml"], "The YAML file has a key that is no flag: max_step. Did you mean max_steps?"),
-        (["--config"], "--config needs the name of a YAML file after it."),
-        (["--max_steps", "many"], "Argument --max_steps/--max-steps: invalid int value: 'many'. `wit-trl {} -h` lists"),
+        (["--config", "key.yaml"], "There is no flag --max_step. Did you mean --max_steps?"),
+        (["--config", "key.yaml", "--config=key.yaml"], "--config is given 2 times. Put all flags into one file."),
+        (["--config"], "Argument --config: expected one argument. `wit-trl {} -h` lists the flags."),
+        (["--max_steps", "many"], "Argument --max_steps: invalid int value: 'many'. `wit-trl {} -h` lists"),
         (["--num_processes", "many"], "Argument --num_processes/--num-processes: invalid int value: 'many'. `accel"),
         (["--max_steps", "1", "data.jsonl"], "'data.jsonl' is the value of no flag. Remove it, or put its flag before"),
     ],
@@ -171,6 +181,69 @@ def test_status_is_that_of_the_training(failure, status, monkeypatch, capsys):
 def test_misspelled_flag_is_named_with_the_nearest(args, message, command, error, tmp_path):
     (tmp_path / "key.yaml").write_text("max_step: 3\nnum_processes: 2\n")
     assert error(command, *args).startswith(f"error: {message.format(command)}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("grid: false", "Argument --grid: invalid choice: 'False' (choose from 'paper')"),
+        ("keep: some", "Argument --keep: invalid choice: 'some' (choose from 'best', 'all', 'none')"),
+        ("ratios: null", "flags.yaml sets `ratios` to null. Give it a value, or remove the line."),
+        ("ratios: [0, many]", "Argument --ratios: invalid float value: 'many'"),
+        ("prompt_loss_weight: yes", "Argument --prompt_loss_weight: invalid float value: 'True'"),
+        ("max_length: 16.0", "Argument --max_length: invalid int value: '16.0'"),
+        ("max_steps: null", "flags.yaml sets `max_steps` to null."),
+        ("use_cpu: maybe", "Argument --use_cpu: Truthy value expected"),
+        ("config: other.yaml", "flags.yaml has the key `config`, but one file must hold all flags. Join the two."),
+        ("- max_steps", "flags.yaml must be a YAML mapping of flags to values, and so must be `env` in it."),
+        ("env: 3", "flags.yaml must be a YAML mapping of flags to values, and so must be `env` in it."),
+        ("datasets: rows.jsonl", "`datasets` must be a list, as `- path: data.jsonl`. Each entry has a path"),
+        ("datasets: {path: rows.jsonl}", "`datasets` must be a list, as `- path: data.jsonl`."),
+        ("datasets: [rows.jsonl]", "`datasets` must be a list, as `- path: data.jsonl`."),
+        ("datasets: [{path: a, weight: 1}]", "Here got an unexpected keyword argument 'weight'."),
+        ("datasets: [{id: a}]", "Here got an unexpected keyword argument 'id'."),
+        ("datasets: [{fraction: 1}]", "Here missing 1 required positional argument: 'path'."),
+        ("datasets: [{path: null}]", "Here a path is None."),
+        ("datasets: [{path: a, fraction: half}]", "A fraction is a number above 0. Here "),
+        ("datasets: [{path: a, fraction: 0}]", "Here a fraction is 0."),
+        ("datasets: [{path: a, fraction: -1}]", "Here a fraction is -1."),
+    ],
+)
+def test_value_in_a_file_is_checked_as_on_the_command_line(line, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("flags.yaml").write_text(line)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arguments.Flags((SweepArguments, *arguments.TRAINING_TYPES), ["--config=flags.yaml"])
+
+
+def test_values_of_a_file(tmp_path):
+    (tmp_path / "flags.yaml").write_text(
+        "eval_strategy: no\nlearning_rate: 1e-3\nmax_length: null\nreport_to: [none]\nrole_loss_weights: {tool: 0.5}\n"
+        "output_dir: -out\ndatasets: [{path: a, fraction: 0.5}]\nbf16: false\ncompletion_turns: all\n"
+        "env: {WIT_TEST: 1}\nmax_steps: 3\n"
+    )
+    given = arguments.Flags(arguments.TRAINING_TYPES, ["--config", str(tmp_path / "flags.yaml"), "--max_steps=4"]).given
+    assert os.environ.pop("WIT_TEST") == "1"
+    assert given == {
+        "eval_strategy": "no",
+        "learning_rate": 1e-3,
+        "max_length": None,
+        "report_to": ["none"],
+        "role_loss_weights": {"tool": 0.5},
+        "output_dir": "-out",
+        "datasets": [{"path": "a", "fraction": 0.5}],
+        "bf16": False,
+        "completion_turns": "all",
+        "max_steps": 4,
+    }
+
+
+def test_error_is_printed_as_data_and_not_at_full_length(capsys):
+    with pytest.raises(SystemExit) as ended, arguments.errors_in_one_sentence():
+        raise ValueError("a\x1b[2J\r[red]b\nc" + "d" * 1_000_000 + "the remedy")
+    assert ended.value.code.startswith("error: a\\x1b[2J\\r[red]b\nc")
+    assert re.search(r"d \[\.\.\. 99\d,\d\d\d characters \.\.\.\] d+the remedy$", ended.value.code)
+    assert len(ended.value.code) < 5000
 
 
 def test_only_one_process_of_a_machine_says_what_is_wrong(monkeypatch):
@@ -203,6 +276,11 @@ def test_help_lists_the_flags(command, capsys):
         cli.main([command, "-h"])
     assert ended.value.code == 0
     output = capsys.readouterr().out
+    first = output.split("\n\n")[1]
+    assert first.startswith("Weighted Instruction Tuning:\n")
+    assert "--completion_turns" in first
+    assert ("--html" in first) == (command == "inspect")
+    assert "--learning-rate" not in output
     for flag in ("--prompt_loss_weight", "--model_name_or_path", "--config", "--accelerate_config"):
         assert flag in output
 
@@ -227,10 +305,9 @@ def test_version_is_what_a_bug_report_needs(monkeypatch, capsys):
     assert {"trl", "datasets", "accelerate", "bitsandbytes", "deepspeed"} < set(facts)
 
 
-@pytest.mark.parametrize("module", ["wit_trl", "wit_trl.cli"])
-def test_module_runs_and_help_needs_no_torch(module):
-    code = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '-h']; runpy.run_module({module!r})"
-    code = code.replace("runpy.run_module(", "runpy.run_module(run_name='__main__', mod_name=")
+def test_module_runs_and_help_needs_no_torch():
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['x', '-h']; "
+    code += "runpy.run_module('wit_trl', run_name='__main__')"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect}")

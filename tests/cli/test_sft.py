@@ -61,6 +61,44 @@ def test_folder_without_a_model_keeps_its_error(error, jsonl, tmp_path):
     assert "Unrecognized" in error("--model_name_or_path", "empty", "--dataset_name", jsonl)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--model_name_or_path", "missing", "--dataset_name", "DATA"],
+            "There is no folder missing, and the Hub gives",
+        ),
+        (["--model_name_or_path", "MODEL", "--dataset_name", "missing.jsonl"], "There is no file missing.jsonl, or it"),
+        (
+            ["--model_name_or_path", "adapter", "--dataset_name", "DATA"],
+            "adapter holds an adapter without its model. M",
+        ),
+        (
+            ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--report_to", "tensorbored"],
+            "--report_to tensorbored needs a package that is not here. Install it, or pass --report_to none.",
+        ),
+    ],
+)
+def test_what_is_missing_leaves_no_output_folder(args, message, error, model_folder, jsonl, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    names = {"MODEL": model_folder, "DATA": jsonl}
+    assert message in error(*(names.get(arg, arg) for arg in args), "--output_dir", "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_that_is_none(error, model_folder, jsonl, tmp_path):
+    args = ("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--output_dir", "out", "--report_to", "none")
+    assert error(*args, "--resume_from_checkpoint", "/nosuch").startswith(
+        "error: --resume_from_checkpoint is /nosuch, but there is no such folder. True takes the last one."
+    )
+    for state in ("[]", "3", '{"other": 1}'):
+        (tmp_path / "out" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").write_text(state)
+        message = error(*args, "--resume_from_checkpoint", "True")
+        assert message.startswith("error: There is no complete checkpoint in `out` to resume from.")
+
+
 @pytest.mark.parametrize("folder", ["file", "file/deeper", "locked"])
 def test_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded(folder, error, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
@@ -69,8 +107,9 @@ def test_output_folder_that_cannot_be_written_is_found_before_anything_is_loaded
     access = os.access
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
     message = error("--model_name_or_path", "model", "--dataset_name", "data", "--output_dir", folder)
-    assert f"to the output folder {folder}." in message or f"The output folder {folder} cannot be created (" in message
-    assert message.endswith("Choose another folder with --output_dir.")
+    assert message == (
+        f"error: Nothing can be written to the output folder {folder}. Choose another one with --output_dir."
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +127,7 @@ def test_flag_of_the_launcher_is_refused_where_there_is_none(error, tmp_path, js
     )
     # In the YAML file it was for the launcher
     (tmp_path / "config.yaml").write_text("num_processes: 2\naccelerate_config: fsdp\noutput_dir: data.jsonl\n")
-    assert "The output folder data.jsonl cannot be created" in error("--config", "config.yaml")
+    assert "Nothing can be written to the output folder data.jsonl" in error("--config", "config.yaml")
 
 
 def wit_trl(*args, cwd, check=True, **environment):
@@ -152,7 +191,7 @@ def test_error_of_two_processes_is_one_sentence_and_no_traceback(tmp_path):
     (tmp_path / "file").touch()
     process = wit_trl("sft", *TWO_PROCESSES, "--output_dir", "file", check=False, cwd=tmp_path)
     assert process.returncode == 1
-    assert process.stderr.count("error: The output folder file cannot be created (File exists).") == 1
+    assert process.stderr.count("error: Nothing can be written to the output folder file.") == 1
     assert process.stderr.count("error:") == 1
     assert "Traceback" not in process.stderr
     assert "elastic" not in process.stderr

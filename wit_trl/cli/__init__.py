@@ -2,11 +2,14 @@
 
 import argparse
 import importlib
+import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
-from typing import Any
 
 
+LAUNCHER = "WIT_TRL_LAUNCHER"  # the variable that tells a training which process launched it
 # The module of each command. Its `main` runs it
 _MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspect"}
 
@@ -17,22 +20,33 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="wit-trl", description="Weighted Instruction Tuning for TRL.", allow_abbrev=False
     )
-    parser.add_argument("--version", action=_Versions, help="print what a bug report needs, and exit")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="store_true", help="print what a bug report needs, and exit")
+    commands = parser.add_subparsers(dest="command", required="--version" not in args[:1])
     # The command itself parses its flags and prints their help
     commands.add_parser("sft", add_help=False, help="train a model, on any number of devices")
     commands.add_parser("sweep", add_help=False, help="search the weights: train some, and compare")
     commands.add_parser("inspect", add_help=False, help="show tokens and their weights as the trainer sees them")
-    command = parser.parse_args(args[:1]).command
-    importlib.import_module(f"wit_trl.{_MODULES[command]}").main(args[1:])
-
-
-class _Versions(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+    given = parser.parse_args(args[:1])
+    if given.version:
         from .versions import versions
 
         print(versions(), end="")
-        parser.exit()
+        sys.exit()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill a file with escapes
+    # The training runs in other processes. PEFT takes seconds to import, and bitsandbytes says something each time
+    sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
+    importlib.import_module(f"wit_trl.{_MODULES[given.command]}").main(args[1:])
+
+
+def end_with_launcher() -> None:
+    """Ends this process soon after the `wit-trl sft` that launched it, which may be killed before it can end it."""
+    launcher = int(os.environ.pop(LAUNCHER, 0))
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+
+    if launcher:
+        threading.Thread(target=watch, daemon=True).start()

@@ -15,23 +15,27 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from datasets.exceptions import DatasetsError
+import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from yaml import YAMLError
+from trl.scripts.utils import DatasetConfig
 
 from ..config import WITSFTConfig
-from ..embedded import EMBEDDED_DEFAULTS
+from ..report.page import printable
 
 
 TRAINING_TYPES = (ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig)
 T = TypeVar("T")
+_SHOWN = 2000  # characters at each end of a long error
 
 _EPILOG = """
 Without --model_name_or_path and --dataset_name, it is the embedded default: a small model and the functions of Python's
@@ -49,12 +53,22 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (DatasetsError, ImportError, OSError, ValueError, YAMLError) as error:
-        if debug:
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # what reads the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        from datasets.exceptions import DatasetsError  # imported by now, but for the mere flags
+
+        if debug or not isinstance(error, DatasetsError | ImportError | OSError | ValueError | yaml.YAMLError):
             raise
         message = f"error: {error}"
         if isinstance(error, DatasetsError) and error.__cause__:
             message += f": {error.__cause__}"
+        if len(message) > 2 * _SHOWN:
+            message = f"{message[:_SHOWN]} [... {len(message) - 2 * _SHOWN:,} characters ...] {message[-_SHOWN:]}"
+        message = "\n".join(printable(line) for line in message.split("\n"))
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Mostly all processes have the same error. The first one prints it meanwhile, and its end ends this one
             time.sleep(20)
@@ -62,17 +76,11 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
 
 
 def split_debug(args: Sequence[str] | None = None) -> tuple[list[str], bool]:
-    """
-    Returns the arguments without `--debug`, and whether it was there. With a value it is a flag of the training. By
-    default the arguments are those of the process.
-    """
-    left, debug = [], False
-    for flag, following in itertools.pairwise([*(sys.argv[1:] if args is None else args), "-"]):
-        if flag == "--debug" and following.startswith("-"):
-            debug = True
-        else:
-            left.append(flag)
-    return left, debug
+    """Returns the arguments, by default of the process, and whether a `--debug` without a value was among them."""
+    args = sys.argv[1:] if args is None else args
+    pairs = itertools.pairwise([*args, "-"])
+    left = [arg for arg, following in pairs if arg != "--debug" or not following.startswith("-")]
+    return left, len(left) < len(args)
 
 
 def check_packages(what: str, *packages: str) -> None:
@@ -93,38 +101,30 @@ class Arguments:
 
 
 class Flags:
-    """
-    The flags of a command as they were given, on the command line and in the file of `--config`.
-
-    Args:
-        dataclass_types (`Sequence[type]`): The dataclasses whose fields are flags.
-        args (`Sequence[str]`): The command line, without a `--debug` that has no value.
-        prog (`str`, *optional*): What `--help` calls the program, by default the file that was started.
-        defaults (`dict`, *optional*): Defaults instead of those of the dataclasses.
-        embedded_defaults (`dict`, *optional*): Further defaults, for the embedded model and data.
-
-    Raises:
-        `ValueError`: a flag that does not exist, or a value of another type.
-    """
+    """The flags as given, on the command line and in a file. Raises `ValueError` for unknown ones and wrong values."""
 
     def __init__(
         self,
-        dataclass_types: Sequence[type],
-        args: Sequence[str],
+        dataclass_types: Sequence[type],  # their fields are flags
+        args: Sequence[str],  # without a `--debug` that has no value
         prog: str | None = None,
         defaults: dict[str, Any] | None = None,
-        embedded_defaults: dict[str, Any] = EMBEDDED_DEFAULTS,
+        embedded_defaults: dict[str, Any] | None = None,  # further defaults, for the embedded model and data
     ):
-        self.args, self.defaults, self.embedded_defaults = _config_apart(args), defaults or {}, embedded_defaults
+        self.args, self.defaults, self.embedded_defaults = list(args), defaults or {}, embedded_defaults
         parser = _Parser(dataclass_types, prog, self.defaults)
-        given, launch_in_file, self.launch_on_line = parser.parse_args_and_config(
-            self.args, return_remaining_strings=True, separate_remaining_strings=True
-        )
-        _check_names(parser, launch_in_file, in_file=True)
-        _check_names(parser, self.launch_on_line, in_file=False)
-        self.given: dict[str, Any] = vars(given)  # by the name of the flag
+        line, self.launch_on_line = parser.parse_known_args(self.args)
+        self.given: dict[str, Any] = vars(line)  # by the name of the flag
         # Those of `accelerate launch`. The last one counts
-        self.launch_flags = [*launch_in_file, *self.launch_on_line]
+        self.launch_flags = self.launch_on_line
+        files = self.given.pop("config", [])
+        if len(files) > 1:
+            raise ValueError(f"--config is given {len(files)} times. Put all flags into one file.")
+        if files:
+            in_file, launch_in_file = parser.read_file(files[0])
+            self.given, self.launch_flags = in_file | self.given, [*launch_in_file, *self.launch_on_line]
+        if self.launch_flags:
+            _check_names(parser, self.launch_flags)
 
     @property
     def is_embedded(self) -> bool:
@@ -137,7 +137,11 @@ class Flags:
     @property
     def values(self) -> dict[str, Any]:
         """The values by the name of the flag, with all defaults that are not those of the dataclasses."""
-        return (self.embedded_defaults if self.is_embedded else {}) | self.defaults | self.given
+        if not self.is_embedded:
+            return self.defaults | self.given
+        from ..embedded import EMBEDDED_DEFAULTS  # imports `transformers`, for which `--help` does not wait
+
+        return (self.embedded_defaults or EMBEDDED_DEFAULTS) | self.defaults | self.given
 
     def make(self, dataclass_type: type[T]) -> T:
         """Returns an instance of a dataclass. Raises `ValueError` for a model without data, or what it refuses."""
@@ -165,33 +169,75 @@ class Flags:
 
 
 class _Parser(TrlParser):
-    """
-    A parser of the flags that were given, without defaults. It raises `ValueError` where argparse prints the names of
-    all flags and ends the process.
-    """
+    """A parser of the flags that were given, without defaults. It raises `ValueError` where argparse would exit."""
 
     def __init__(self, dataclass_types: Sequence[type], prog: str | None, defaults: dict[str, Any]):
         # No abbreviations: the next version of TRL or of accelerate may give them another meaning
-        super().__init__(dataclass_types, prog=prog, allow_abbrev=False, epilog=_EPILOG)
+        super().__init__(dataclass_types, prog=prog, usage="%(prog)s [flags]", allow_abbrev=False, epilog=_EPILOG)
         self.set_defaults_with_config(**defaults)
+        ours = self.add_argument_group("Weighted Instruction Tuning")
+        self._action_groups.insert(0, self._action_groups.pop())
+        names = {n for kind in dataclass_types if kind.__module__.startswith("wit_trl.") for n in kind.__annotations__}
         for action in self._actions[1:]:  # the first one is `--help`, which shows the defaults
             if action.help:
                 action.help += f" (default: {action.default})".replace("%", "%%")
             action.default = argparse.SUPPRESS
-        self.dataclass_types = ()  # the values come in a namespace instead
-        # TrlParser takes it out of the arguments before it parses
-        self.add_argument("--config", help="YAML file with any of the flags.")
+            action.option_strings = action.option_strings[:1]  # the one with hyphens works too, and is not shown
+            if action.dest in names:
+                self._optionals._group_actions.remove(action)
+                ours._group_actions.append(action)
+        hints = [hint for kind in dataclass_types for hint in get_type_hints(kind).items()]
+        self._may_be_null = {name for name, hint in hints if NoneType in get_args(hint)}
+        ours.add_argument("--config", action="append", default=argparse.SUPPRESS, help="YAML file with any flags.")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[0].upper()}{message[1:]}. `{self.prog} -h` lists the flags.")
 
+    def read_file(self, path: str) -> tuple[dict[str, Any], list[str]]:
+        """Returns the values of a YAML file, checked as those of the command line are, and the other flags in it."""
+        with Path(path).open(encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+        if not isinstance(config, dict) or not isinstance(env := config.pop("env", {}), dict):
+            raise ValueError(f"{path} must be a YAML mapping of flags to values, and so must be `env` in it.")
+        os.environ |= {str(name): str(value) for name, value in env.items()}
+        given: dict[str, Any] = {}
+        launch: list[str] = []
+        for name, value in config.items():
+            action = self._option_string_actions.get(f"--{name}")
+            values = value if isinstance(value, list) else [value]
+            if name == "config":
+                raise ValueError(f"{path} has the key `config`, but one file must hold all flags. Join the two.")
+            if action is None:
+                launch += [f"--{name}", str(value)]
+            elif value is None and name not in self._may_be_null:
+                raise ValueError(f"{path} sets `{name}` to null. Give it a value, or remove the line.")
+            elif name == "datasets":
+                _check_mixture(value)
+                given[name] = value
+            elif value in (None, []) or (values is value and action.nargs != "+") or isinstance(values[0], dict | list):
+                given[name] = value  # no text on the command line says the same
+            else:
+                if value is False and "no" in (action.choices or ()):
+                    values = ["no"]  # which YAML reads as false
+                texts = [f"--{name}", *map(str, values)]
+                given |= vars(self.parse_args(["=".join(texts)] if len(texts) == 2 else texts))
+        return given, launch
 
-def _config_apart(args: Sequence[str]) -> list[str]:
-    """Returns the arguments with `--config` and its file as two, as `TrlParser` needs them."""
-    apart = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if apart[-1:] == ["--config"]:
-        raise ValueError("--config needs the name of a YAML file after it.")
-    return apart
+
+def _check_mixture(parts: Any) -> None:
+    """Raises `ValueError` for a mixture of data sets that TRL cannot read."""
+    try:
+        for part in [DatasetConfig(**part) for part in parts]:
+            if not isinstance(part.path, str):
+                raise TypeError(f"a path is {part.path!r}")
+            if part.fraction is not None and not 0 < part.fraction < float("inf"):
+                raise TypeError(f"a fraction is {part.fraction!r}")
+    except TypeError as error:
+        optional = ", ".join(field.name for field in fields(DatasetConfig)[1:])
+        raise ValueError(
+            "`datasets` must be a list, as `- path: data.jsonl`. Each entry has a path and may have more keys: "
+            f"{optional}. A fraction is a number above 0. Here {str(error).removeprefix('DatasetConfig.__init__() ')}."
+        ) from error
 
 
 def launch_parser() -> argparse.ArgumentParser:
@@ -229,19 +275,14 @@ def parse_launch_flags(flags: Sequence[str], module: str = "", module_args: Sequ
     return launched
 
 
-def _check_names(parser: TrlParser, flags: list[str], in_file: bool) -> None:
+def _check_names(parser: TrlParser, flags: list[str]) -> None:
     """Raises `ValueError` for flags that are neither those of the training nor those of `accelerate launch`."""
-    if not flags:
-        return
     launch = launch_parser()._option_string_actions
+    # Each is known with underscores and with hyphens
+    names = {name.replace("-", "_") for name in (*parser._option_string_actions, *launch) if len(name) > 2}
     for flag in (flag.split("=")[0] for flag in flags):
-        if flag in launch or re.match(r"-+[^-\d.]", flag) is None:  # the latter is a value
-            continue
-        # Each is known with underscores and with hyphens
-        names = {name[2:].replace("-", "_") for name in (*parser._option_string_actions, *launch) if len(name) > 2}
-        nearest = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), sorted(names), n=1)
-        prefix = "" if in_file else "--"
-        there_is_no = "The YAML file has a key that is no flag:" if in_file else "There is no flag"
-        remedy = f"Did you mean {prefix}{nearest[0]}?" if nearest else f"`{parser.prog} -h` lists the flags."
-        raise ValueError(f"{there_is_no} {flag.removeprefix('--') if in_file else flag}. {remedy}")
+        if flag not in launch and re.match(r"-+[^-\d.]", flag):  # else it is a value
+            nearest = difflib.get_close_matches(flag.replace("-", "_"), sorted(names), n=1)
+            remedy = f"Did you mean --{nearest[0][2:]}?" if nearest else f"`{parser.prog} -h` lists the flags."
+            raise ValueError(f"There is no flag {flag}. {remedy}")
     parse_launch_flags(flags)

@@ -21,7 +21,7 @@ from ..embedded import embedded_config, load_stdlib_functions, train_embedded_to
 from ..report.rows import html_page, plot_lengths, show_page
 from ..trainer import WITSFTTrainer
 from .arguments import TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, split_debug
-from .loading import errors_of_model, load_data, select_splits
+from .loading import errors_of_data, errors_of_model, load_data, select_splits
 
 
 @dataclass
@@ -95,7 +95,8 @@ def build_trainer(arguments: Arguments) -> WITSFTTrainer:
     model.resize_token_embeddings = functools.partial(model.resize_token_embeddings, mean_resizing=False)
     split = arguments.script.dataset_train_split
     train_dataset = select_splits(dataset, [split], processing_class, args)[split]
-    return WITSFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class)
+    with errors_of_data(arguments.script, arguments.dataset):
+        return WITSFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class)
 
 
 def header(arguments: Arguments) -> str:
@@ -127,6 +128,7 @@ def show(inspection: InspectionArguments, header: str, trainer: WITSFTTrainer) -
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot encode
     print(header)
     show_page(Console(), *shown)
+    sys.stdout.flush()  # here it is caught if nothing reads it any more
     for file in filter(None, (inspection.html, inspection.histogram)):
         print(f"Written: {file}", file=sys.stderr)
 

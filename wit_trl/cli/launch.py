@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command
+from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from . import LAUNCHER
 from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_launch_flags, split_debug
 
 
@@ -50,19 +53,18 @@ def main(args: Sequence[str], module: str = "wit_trl.cli.sft", types: Sequence[t
         if launched.accelerate_config is not None and launched.config_file is None:
             launched.config_file = str(accelerate_config_file(launched.accelerate_config))
         _suit_cpu(launched, flags.given.get("use_cpu", False))
-        with _status_of_the_training():
-            launch_command(launched)
+        # With `-m`, Python would import modules of the working folder in the place of others of their name
+        environment = {"PYTHONSAFEPATH": "1"}
+        if launched.mpirun_hostfile is None:  # which would be the parent
+            environment[LAUNCHER] = str(os.getpid())
+        with patch_environment(**environment):
+            _run(launched)
 
 
 def _without(args: list[str], remaining: list[str]) -> list[str]:
     """Returns the arguments without the remaining ones, which the parser did not know. Both are in the same order."""
-    left, unknown = [], list(remaining)
-    for arg in args:
-        if unknown and arg == unknown[0]:
-            unknown.pop(0)
-        else:
-            left.append(arg)
-    return left
+    unknown = list(remaining)
+    return [arg for arg in args if unknown[:1] != [arg] or unknown.pop(0) != arg]
 
 
 def _suit_cpu(launched: Namespace, use_cpu: bool) -> None:
@@ -89,31 +91,43 @@ def _suit_cpu(launched: Namespace, use_cpu: bool) -> None:
         launched.multi_gpu = True
 
 
-@contextmanager
-def _status_of_the_training() -> Iterator[None]:
-    """
-    Ends this process with the exit status of the training. The training has said why it failed, so the traceback of the
-    launcher is left out.
-    """
+def _run(launched: Namespace) -> None:
+    """Launches the training, and ends this process with its exit status if it fails. The training has said why."""
     # These loggers repeat the exit status of each process
     for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # This one lists the flags that were not given
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores one
+            signal.signal(number, _forward)
     try:
-        yield
+        launch_command(launched)
         return
     except subprocess.CalledProcessError as error:
         status = error.returncode
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        status = failure.exitcode
+        status = error.get_first_failure()[1].exitcode
     except SignalException as error:
         status = 128 + error.sigval
     except KeyboardInterrupt:
+        # In a terminal, Ctrl-C reaches the training too
+        for child in psutil.wait_procs(psutil.Process().children(), timeout=5)[1]:
+            child.terminate()
         status = 128 + signal.SIGINT
     if status < 0:  # the process was killed and could say nothing
-        name = signal.Signals(-status).name
-        print(f"error: {name} ended a process of the training. SIGKILL often means too little memory.", file=sys.stderr)
+        reason = " Often there was too little memory." if status == -signal.SIGKILL else ""
+        print(f"error: {signal.Signals(-status).name} ended a process of the training.{reason}", file=sys.stderr)
         status = 128 - status
+    if status == 128 + signal.SIGINT:
+        print("Interrupted. With --resume_from_checkpoint True, it goes on from its last checkpoint.", file=sys.stderr)
     sys.exit(status)
+
+
+def _forward(number: int, _: Any) -> None:
+    """Sends a signal to the processes of the training, whose end ends this one."""
+    children = psutil.Process().children()
+    if not children:
+        sys.exit(128 + number)
+    for child in children:
+        child.send_signal(number)

@@ -1,21 +1,38 @@
 """Data and models by name: loads the data in a format of TRL, and says what to check if a model is not found."""
 
+import glob
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets.data_files import get_data_patterns
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from trl.scripts.utils import DatasetConfig
 
 from ..config import WITSFTConfig
 from ..data.schemas import to_trl_format
 
 
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
 @contextmanager
 def errors_of_model(name: str) -> Iterator[None]:
     """Raises `ValueError` with what to check if something of a model is loaded within, and there is no such model."""
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter without its model. Merge both with PEFT's `merge_and_unload`, save the result, "
+            "and pass that as --model_name_or_path."
+        )
     try:
         yield
     except OSError as error:
@@ -28,26 +45,99 @@ def errors_of_model(name: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def errors_of_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Iterator[None]:
+    """Raises `ValueError` with the file and the line if local data is read within, and cannot be read."""
+    try:
+        yield
+    except (DatasetsError, ValueError):
+        for name in [part.path for part in dataset_args.datasets] or [script_args.dataset_name or ""]:
+            _check_text(Path(name))
+        raise
+
+
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
-    """Returns the splits of a data set from the Hub, a local folder or a local file, or of a mixture."""
-    if dataset_args.datasets:
+    """
+    Returns the splits of a data set from the Hub, a local folder or a local file, or of a mixture. Raises `ValueError`
+    if a file is missing, of another kind, or broken.
+    """
+    with errors_of_data(script_args, dataset_args):
+        if not dataset_args.datasets:
+            data = _as_named(DatasetConfig(script_args.dataset_name, script_args.dataset_config))
+            streaming = script_args.dataset_streaming
+            return load_dataset(data.path, data.name, data_files=data.data_files, streaming=streaming)
+        named = replace(dataset_args, datasets=[_as_named(part) for part in dataset_args.datasets])
         # TRL splits a mixture with numpy's global generator. Its state must be the same in each process
         state = np.random.get_state()
         np.random.seed(0)
         try:
-            return get_dataset(dataset_args)
+            return get_dataset(named)
         finally:
             np.random.set_state(state)
-    path = Path(script_args.dataset_name)
-    loaders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-    if path.suffix in loaders and (not path.is_file() or path.stat().st_size == 0):
-        raise ValueError(f"There is no file {path}, or it is empty.")
-    if path.is_file():
-        loader = loaders.get(path.suffix, path.suffix[1:])
-        return load_dataset(loader, data_files=str(path), streaming=script_args.dataset_streaming)
-    return load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+
+
+def _kind(path: Path) -> str:
+    """Returns the suffix of a file, without that of a compression."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix.lower() not in _COMPRESSIONS), "").lower()
+
+
+def _as_named(data: DatasetConfig) -> DatasetConfig:
+    """Returns a data set whose local files and folders are those of its names, which `datasets` takes for patterns."""
+    path, kind = Path(data.path), _kind(Path(data.path))
+    if path.is_file() and kind not in _LOADERS:
+        known = f"{', '.join(_LOADERS)}, alone or compressed ({', '.join(_COMPRESSIONS)})"
+        raise ValueError(f"{path} cannot be loaded. Files of {known} can, and folders of them or of `save_to_disk`.")
+    if kind in _LOADERS and not path.is_dir():
+        if not path.is_file() or path.stat().st_size == 0:
+            raise ValueError(f"There is no file {path}, or it is empty.")
+        return replace(data, path=_LOADERS[kind], data_files=glob.escape(str(path.absolute())))
+    files: Any = {}
+    for state in sorted(path.glob("*/state.json" if (path / "dataset_dict.json").is_file() else "state.json")):
+        split = "train" if state.parent == path else state.parent.name
+        names = [file["filename"] for file in json.loads(state.read_text())["_data_files"]]
+        files[split] = [glob.escape(str(state.with_name(name).absolute())) for name in names]
+    if files:  # written by `save_to_disk`
+        return replace(data, path="arrow", data_files=files)
+    if path.is_dir() and data.data_files is None:
+        folder = str(path.absolute() / (data.data_dir or ""))
+        if (escaped := glob.escape(folder)) == folder:
+            return data
+        patterns = get_data_patterns(escaped)
+        files = {split: [f"{escaped}/{pattern}" for pattern in patterns[split]] for split in patterns}
+        return replace(data, data_dir=None, data_files=files)
+    if path.is_dir() or data.path in _LOADERS.values():
+        return replace(data, data_files=_literal(path if path.is_dir() else Path(), data.data_files))
+    return data
+
+
+def _literal(folder: Path, files: Any) -> Any:
+    """Returns the names of files, as `datasets` takes them, such that each existing one means itself."""
+    if isinstance(files, dict):
+        return {split: _literal(folder, names) for split, names in files.items()}
+    if isinstance(files, list):
+        return [_literal(folder, name) for name in files]
+    return glob.escape(str(Path(folder, files).absolute())) if files and Path(folder, files).exists() else files
+
+
+def _check_text(path: Path) -> None:
+    """Raises `ValueError` with the first line of a file that is not UTF-8, or not JSON where it should be."""
+    loader = _LOADERS.get(_kind(path))
+    if not path.is_file() or loader not in ("json", "csv", "text"):
+        return
+    with fsspec.open(str(path), compression="infer") as file:
+        content = file.read()
+    lines = [content] if content.lstrip()[:1] == b"[" else content.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode()
+            if loader == "json" and text.strip():
+                json.loads(text)
+        except UnicodeDecodeError as error:
+            number += line.count(b"\n", 0, error.start)
+            raise ValueError(f"{path}, line {number}: this is not UTF-8. Save the file as UTF-8.") from error
+        except json.JSONDecodeError as error:
+            number += error.lineno - 1
+            raise ValueError(f"{path}, line {number}: this is not JSON ({error.msg}, column {error.colno}).") from error
 
 
 def select_splits(

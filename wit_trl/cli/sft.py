@@ -1,35 +1,31 @@
-"""
-`wit-trl sft`: the training, in each of its processes. `launch.py` starts them.
-
-`examples/sft_wit.py` runs this module too.
-"""
+"""`wit-trl sft`: the training, in each of the processes that `launch.py` starts, or of `examples/sft_wit.py`."""
 
 import importlib.util
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import DatasetDict, IterableDatasetDict
 from transformers import AutoProcessor
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import WITSFTConfig
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 from ..trainer import WITSFTTrainer
 from ..training.checkpoints import checkpoint_to_resume
+from . import end_with_launcher
 from .arguments import TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, split_debug
-from .loading import errors_of_model, load_data, select_splits
+from .loading import errors_of_data, errors_of_model, load_data, select_splits
 
 
-def make_output_dir(folder: Path) -> None:
-    """Creates the output folder. Raises `ValueError` if nothing can be written there."""
-    remedy = "Choose another folder with --output_dir."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"The output folder {folder} cannot be created ({error.strerror}). {remedy}") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"Nothing can be written to the output folder {folder}. {remedy}")
+def check_output_dir(folder: Path) -> None:
+    """Raises `ValueError` if nothing can be written to the output folder. It does not create it."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"Nothing can be written to the output folder {folder}. Choose another one with --output_dir.")
 
 
 def plot_losses(log_history: list[dict], path: Path) -> None:
@@ -72,7 +68,10 @@ def prepare(arguments: Arguments) -> tuple[WITSFTTrainer, DatasetDict | Iterable
     for flag, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes"), ("load_in_8bit", "bitsandbytes")):
         if getattr(model_args, flag):
             check_packages(f"--{flag}", package)
-    make_output_dir(Path(training_args.output_dir))
+    # transformers does not list flyte
+    for name in {*training_args.report_to} - {*get_available_reporting_integrations(), "flyte"}:
+        raise ValueError(f"--report_to {name} needs a package that is not here. Install it, or pass --report_to none.")
+    check_output_dir(Path(training_args.output_dir))
     if model_args.model_name_or_path is None:
         dataset = embedded_data(training_args, model_args)
     else:
@@ -92,15 +91,16 @@ def prepare(arguments: Arguments) -> tuple[WITSFTTrainer, DatasetDict | Iterable
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer = WITSFTTrainer(
-        model=name,
-        args=training_args,
-        train_dataset=datasets[splits[0]],
-        eval_dataset=datasets[splits[1]] if splits[1:] else None,
-        processing_class=processing_class,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with errors_of_data(script_args, arguments.dataset):
+        trainer = WITSFTTrainer(
+            model=name,
+            args=training_args,
+            train_dataset=datasets[splits[0]],
+            eval_dataset=datasets[splits[1]] if splits[1:] else None,
+            processing_class=processing_class,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     return trainer, dataset
 
 
@@ -131,11 +131,9 @@ def show_sample(trainer: WITSFTTrainer, prompt: str) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """
-    Trains in this process, saves the model and reports. `args` are the flags of the training, by default those of the
-    process.
-    """
+    """Trains in this process, saves the model and reports. `args` are the flags, by default those of the process."""
     args, debug = split_debug(args)
+    end_with_launcher()
     with errors_in_one_sentence(debug):
         flags = Flags(TRAINING_TYPES, args)
         if flags.launch_on_line:
@@ -147,9 +145,16 @@ def main(args: Sequence[str] | None = None) -> None:
         trainer, dataset = prepare(arguments)
         resume = arguments.training.resume_from_checkpoint
         resume = {"true": True, "false": False}.get(str(resume).lower(), resume)
+        if isinstance(resume, str) and not Path(resume).is_dir():
+            raise ValueError(
+                f"--resume_from_checkpoint is {resume}, but there is no such folder. True takes the last one."
+            )
         resume = checkpoint_to_resume(resume, arguments.training)
 
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     trainer.save_model()
     report(trainer, arguments.script.dataset_test_split)
     if flags.is_embedded and not trainer.is_fsdp_enabled:  # the model is whole

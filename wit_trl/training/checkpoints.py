@@ -69,5 +69,5 @@ def _last_complete_checkpoint(output_dir: str) -> str | None:
 def _read_state(folder: str) -> TrainerState | None:
     try:
         return TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):  # another program may have written it
         return None

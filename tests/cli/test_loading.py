@@ -1,0 +1,113 @@
+"""Data by the names of files and folders: the one that is named, in one sentence if it cannot be read."""
+
+import gzip
+import json
+import re
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+from trl import DatasetMixtureConfig, ScriptArguments
+
+from wit_trl.cli.loading import errors_of_data, load_data
+
+
+RIGHT, WRONG = [{"prompt": "a", "completion": "right"}] * 2, [{"prompt": "a", "completion": "wrong"}]
+
+
+def write(path, rows, opened=open):
+    path.parent.mkdir(exist_ok=True)
+    with opened(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Files and folders whose names are patterns that fit the names beside them too."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tmp_path /= "data"
+    tmp_path.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for right, wrong in (("rows[12]", "rows1"), ("star*", "star1"), ("which?", "which1")):
+        write(tmp_path / f"{right}.jsonl", RIGHT)
+        write(tmp_path / f"{wrong}.jsonl", WRONG)
+    write(tmp_path / "dir [v1]" / "train.jsonl", RIGHT)
+    write(tmp_path / "dir [v1]" / "test.jsonl", RIGHT)
+    write(tmp_path / "dir v" / "train.jsonl", WRONG)
+    return tmp_path
+
+
+NAMES = ["rows[12].jsonl", "star*.jsonl", "which?.jsonl", "dir [v1]/train.jsonl", "dir [v1]"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_name_of_a_file_or_folder_is_no_pattern(name, streaming):
+    loaded = load_data(ScriptArguments(name, dataset_streaming=streaming), DatasetMixtureConfig())
+    assert isinstance(loaded["train"], IterableDataset) == streaming
+    assert list(loaded["train"]) == RIGHT
+    assert list(loaded) == (["train", "test"] if name == "dir [v1]" else ["train"])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *({"path": name} for name in NAMES),
+        {"path": "json", "data_files": "rows[12].jsonl"},
+        {"path": "json", "data_files": {"train": ["rows[12].jsonl"]}},
+        {"path": "dir [v1]", "data_files": "train.jsonl"},
+        {"path": "../data", "data_dir": "dir [v1]"},
+        {"path": "rows[12].jsonl", "fraction": 0.5},
+    ],
+    ids=str,
+)
+def test_part_of_a_mixture_is_what_its_name_says(part):
+    loaded = load_data(ScriptArguments(), DatasetMixtureConfig([part], test_split_size=0.5))
+    assert [row for split in ("train", "test") for row in loaded[split]] == RIGHT
+
+
+def test_pattern_that_names_no_file_stays_a_pattern(folder):
+    mixture = DatasetMixtureConfig([{"path": "json", "data_files": "rows*.jsonl"}])
+    assert len(load_data(ScriptArguments(), mixture)["train"]) == len(RIGHT) + len(WRONG)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.jsonl.gz", "saved", "splits"])
+def test_other_forms_of_a_data_set(name, mixture, folder):
+    write(folder / "rows.JSONL", RIGHT)
+    write(folder / "rows.jsonl.gz", RIGHT, gzip.open)
+    Dataset.from_list(RIGHT).save_to_disk("saved")
+    DatasetDict(train=Dataset.from_list(RIGHT), test=Dataset.from_list(WRONG)).save_to_disk("splits")
+    Dataset.from_list(WRONG).to_parquet("splits/train/cache-1.arrow")  # what `map` leaves there
+    parts = [{"path": name}] if mixture else []
+    loaded = load_data(ScriptArguments(name), DatasetMixtureConfig(parts))
+    assert list(loaded["train"]) == RIGHT
+    assert name != "splits" or mixture or list(loaded["test"]) == WRONG
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", b"prompt\tcompletion\n", "a.tsv cannot be loaded. Files of .jsonl, .json, .csv, .parquet"),
+        ("a.jsonl", '{"a": "b"}\n'.encode("utf-16"), "a.jsonl, line 1: this is not UTF-8. Save the file as UTF-8."),
+        ("a.jsonl", b'{"a": "b"}\n{"a": "caf\xe9"}\n', "a.jsonl, line 2: this is not UTF-8. Save the file as UTF-8."),
+        ("a.csv", b"a,b\nc,d\ncaf\xe9,x\n", "a.csv, line 3: this is not UTF-8. Save the file as UTF-8."),
+        ("a.txt", b"a\ncaf\xe9\n", "a.txt, line 2: this is not UTF-8. Save the file as UTF-8."),
+        ("a.jsonl", b'{"a": 1}\n{"a" 2}\n', "a.jsonl, line 2: this is not JSON (Expecting ':' delimiter, column 6)."),
+        ("a.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', "a.json, line 3: this is not JSON (Expecting ',' delimiter"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a" 2}\n'), "a.jsonl.gz, line 2: this is not JSON ("),
+        ("a.jsonl", b"", "There is no file a.jsonl, or it is empty."),
+    ],
+)
+@pytest.mark.parametrize("form", ["name", "stream", "mixture"])
+def test_broken_file_is_named_with_the_line(form, name, content, message, folder):
+    (folder / name).write_bytes(content)
+    script = ScriptArguments(name, dataset_streaming=form == "stream")
+    mixture = DatasetMixtureConfig([{"path": name}] if form == "mixture" else [])
+    # Some faults show when the rows are read, in the constructor of the trainer
+    with pytest.raises(ValueError, match=re.escape(message)), errors_of_data(script, mixture):
+        list(load_data(script, mixture)["train"])
+
+
+def test_error_of_another_kind_stays_as_it_is(folder):
+    with pytest.raises(UnicodeDecodeError), errors_of_data(ScriptArguments("rows1.jsonl"), DatasetMixtureConfig()):
+        b"\xff".decode()
