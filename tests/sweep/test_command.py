@@ -21,8 +21,7 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file
 
 from wit_trl.cli import main, sft
-from wit_trl.sweep.arguments import SweepArguments
-from wit_trl.sweep.pairs import BASELINE, PAPER_PAIRS
+from wit_trl.sweep.arguments import BASELINE, PAPER_PAIRS, SweepArguments
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from wit_trl.sweep.pairs import BASELINE, PAPER_PAIRS, name_of, ratio
+from wit_trl.sweep.arguments import BASELINE, PAPER_PAIRS, name_of, ratio
 from wit_trl.sweep.statistics import Losses, choose, difference, run_variance
 
 

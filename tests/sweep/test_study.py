@@ -15,8 +15,7 @@ from datasets import Dataset
 from optuna.trial import TrialState
 from rich.console import Console
 
-from wit_trl.sweep.metrics import RETENTION_METRIC, TASK_METRIC
-from wit_trl.sweep.pairs import BASELINE
+from wit_trl.sweep.arguments import BASELINE, RETENTION_METRIC, TASK_METRIC
 from wit_trl.sweep.report import html_page, plot, show
 from wit_trl.sweep.results import SweepResults
 from wit_trl.sweep.study import SweepStudy, TrialSettings
@@ -202,8 +201,8 @@ def test_better_ratio_is_named_with_what_it_gains_and_costs(make_results):
     assert others[0].startswith("0.25 against 0: gains -0.0")
     assert "gains -0.4" in others[1]
     assert others[2].startswith("Held-out rows of the task itself tend to prefer the ratio 0.")
-    assert results.best.settings.pair == (1.0, 1.0)
-    assert results.best.settings.seed == 1  # which adds least
+    assert results.best_of(results.choice.pair).settings.pair == (1.0, 1.0)
+    assert results.best_of(results.choice.pair).settings.seed == 1  # which adds least
 
 
 @pytest.mark.parametrize("effect", [0.0, 2.0])
@@ -211,7 +210,7 @@ def test_no_difference_is_said_where_there_is_none_or_0_is_best(effect, make_res
     results = make_results(effect)
     if effect:
         assert results.sentences()[0].endswith("metric: 0 does best on eval_completion_loss.")
-        assert results.best.settings.pair == BASELINE
+        assert results.best_of(results.choice.pair).settings.pair == BASELINE
     else:
         assert "metric: no difference found." in results.sentences()[0]
 
@@ -224,7 +223,7 @@ def test_one_seed_says_that_it_gives_no_interval(make_results):
 
 def test_metric_of_which_more_is_better(make_results):
     results = make_results(effect=0.0, metric="eval_accuracy")
-    assert results.best.settings.pair == (1.0, 1.0)
+    assert results.best_of(results.choice.pair).settings.pair == (1.0, 1.0)
     assert "1 does best, +1.000 ± 0.000 on eval_accuracy against 0" in results.sentences()[0]
 
 
@@ -251,7 +250,7 @@ def test_sweep_of_failures_is_an_error(make_results):
 def test_pairs_without_a_baseline_are_not_compared(make_results):
     results = make_results(effect=-2.0, fail=[TrialSettings(BASELINE, seed) for seed in (1, 2, 3)])
     assert results.sentences()[0].endswith("nothing can be compared, because no trial of the ratio 0 is done.")
-    assert results.best.settings.pair == (1.0, 1.0)
+    assert results.best_of(results.choice.pair).settings.pair == (1.0, 1.0)
 
 
 def test_clipping_and_replicates_are_told(make_results, tmp_path):

@@ -35,9 +35,8 @@ def run(make_model, tokenizer, prompt_completion, tmp_path):
             "model_name_or_path": tmp_path / "model",
             "dataset_name": tmp_path / "data",
             "output_dir": tmp_path / name,
-            "base_folder": tmp_path / "base",
             "sweep_process": os.getpid(),
-            "other_sets": f"other={tmp_path / 'other.jsonl'}",
+            "eval_dataset": f"other={tmp_path / 'other.jsonl'}",
             "retention_prompts": 2,
             "max_steps": 1 if name == "base" else 3,
             "learning_rate": 0 if name == "base" else 1e-2,
@@ -98,7 +97,7 @@ def test_what_a_trial_measures_is_what_plain_loops_find_in_its_model(run, make_m
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
-    measured = {"metric_function": function, "lm_eval_tasks": tmp_path / "task.yaml"}
+    measured = {"metric": function, "lm_eval_tasks": tmp_path / "task.yaml"}
     result = run("trial_0", prompt_loss_weight=0.25, completion_loss_weight=1, **measured)
     metrics = result["metrics"]
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "trial_0" / "model").double()
@@ -140,9 +139,9 @@ def test_training_that_diverges_has_no_result(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"metric_function": "missing.py:f"}, r"--metric is missing.py:f, but there is no file missing.py"),
-        ({"metric_function": "math:missing"}, r"--metric is math:missing, but math has no function missing"),
-        ({"other_sets": "other=missing.jsonl"}, r"There is no file missing.jsonl, or it is empty"),
+        ({"metric": "missing.py:f"}, r"--metric is missing.py:f, but there is no file missing.py"),
+        ({"metric": "math:missing"}, r"--metric is math:missing, but math has no function missing"),
+        ({"eval_dataset": "other=missing.jsonl"}, r"There is no file missing.jsonl, or it is empty"),
         ({"dataset_test_split": "validation"}, r"The data set has no split 'validation'"),
     ],
 )
@@ -181,9 +180,9 @@ def test_prompts_are_what_comes_before_the_completion(tokenizer):
 
 def test_model_of_a_trial_can_be_loaded(run, tmp_path):
     run("base")
-    run("trial_0", save_model=True)
+    run("trial_0", keep="all")
     assert AutoTokenizer.from_pretrained(tmp_path / "trial_0" / "model").chat_template
-    run("trial_1", save_model=False)
+    run("trial_1", keep="none")
     assert not (tmp_path / "trial_1" / "model").exists()
 
 

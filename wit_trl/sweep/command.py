@@ -31,7 +31,6 @@ _IMPOSSIBLE = {
 
 
 def parse_sweep_flags(args: Sequence[str]) -> Flags:
-    """Returns the flags of a sweep. `args` are the arguments after `wit-trl sweep`."""
     types = (SweepArguments, *TRAINING_TYPES)
     return Flags(types, args, "wit-trl sweep", _DEFAULTS, _EMBEDDED_DEFAULTS)
 

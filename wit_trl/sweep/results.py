@@ -1,16 +1,17 @@
 """What the trials of a sweep measured, and the sentences that follow from it."""
 
 import json
+import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, TrialState
 
-from .metrics import RETENTION_METRIC, TASK_METRIC, read_rows
-from .pairs import BASELINE, Pair, name_of, ratio
+from .arguments import BASELINE, RETENTION_METRIC, TASK_METRIC, Pair, name_of, ratio
 from .statistics import Choice, Difference, Losses, choose, difference
 from .study import SweepStudy, TrialSettings
 
@@ -29,7 +30,6 @@ class TrialResult:
 
     @classmethod
     def read(cls, trial: FrozenTrial, folder: Path) -> "TrialResult":
-        """Returns the result of a trial. Raises `ValueError` if its files are gone."""
         measured: dict[str, Any] = {"metrics": {}, "answers": []}
         if trial.state == TrialState.COMPLETE:
             try:
@@ -39,9 +39,18 @@ class TrialResult:
                     f"Trial {trial.number} is done, but there is no {error.filename}. Start a new sweep in another "
                     "--output_dir."
                 ) from error
-        error, seconds = trial.user_attrs.get("error"), trial.user_attrs["seconds"]
-        metrics, answers = measured["metrics"], measured["answers"]
-        return cls(TrialSettings.of(trial), trial.number, folder, metrics, answers, error, seconds)
+        settings, error, seconds = TrialSettings.of(trial), trial.user_attrs.get("error"), trial.user_attrs["seconds"]
+        return cls(settings, trial.number, folder, measured["metrics"], measured["answers"], error, seconds)
+
+    def rows(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the summed loss and the number of tokens of each row. A metric that is no mean of rows has one."""
+        loss = re.fullmatch(r"eval_((?:\w+_)?)(prompt|completion)_loss", metric)
+        if loss is None and metric != RETENTION_METRIC:
+            return np.array([self.metrics[metric]]), np.ones(1)
+        prefix, region = loss.groups() if loss else ("retention_", "completion")
+        rows = pq.read_table(self.folder / f"{prefix}rows.parquet", columns=[f"{region}_nll", f"{region}_tokens"])
+        totals, tokens = (column.to_numpy() for column in rows.columns)
+        return totals[tokens > 0], tokens[tokens > 0]
 
     def as_json(self) -> dict[str, Any]:
         """Returns the line of `sweep.jsonl`."""
@@ -58,30 +67,17 @@ class TrialResult:
 
 
 class SweepResults:
-    """
-    What the trials of a study measured.
-
-    Args:
-        study ([`SweepStudy`]): The study.
-        metric (`str`): The metric that the best pair is chosen by.
-        greater_is_better (`bool`, *optional*): Whether a greater value of it is better. By default the benchmark says
-            so, or the name does not end with `"loss"`.
-        clips (`bool`): Whether the trials clip gradients. If they do, pairs of one ratio may differ.
-
-    Raises:
-        `ValueError`: no trial is done, or a trial that is done does not have the metric.
-    """
+    """What the trials of a study measured. `metric` chooses the best pair, and trials that `clips` clip gradients."""
 
     def __init__(self, study: SweepStudy, metric: str, greater_is_better: bool | None, clips: bool):
         self.metric, self.clips = metric, clips
         self.folder = study.folder
-        self._losses: dict[str, Losses] = {}
         base = json.loads((self.folder / "base" / "result.json").read_text())
         self.base_metrics, self.prompts, self.base_answers = base["metrics"], base["prompts"], base["answers"]
         self.benchmarks: dict[str, bool] = base["greater_is_better"]
-        if greater_is_better is None:
-            greater_is_better = self.benchmarks.get(metric, not metric.endswith("loss"))
-        self.greater_is_better = greater_is_better
+        by_name = self.benchmarks.get(metric, not metric.endswith("loss"))
+        self.greater_is_better = by_name if greater_is_better is None else greater_is_better
+        self._best = max if self.greater_is_better else min
         ended = {}
         for trial in study.trials:
             # Others wait or run, or their worker died
@@ -114,24 +110,16 @@ class SweepResults:
         return {pair: one for pair in self.pairs if (one := first.setdefault(ratio(pair), pair)) != pair}
 
     def of(self, pair: Pair) -> list[TrialResult]:
-        """Returns those trials of a pair that are done."""
         return [trial for trial in self.done if trial.settings.pair == pair]
 
     def mean(self, pair: Pair, metric: str) -> float:
-        """Returns the mean of a metric over the seeds of a pair."""
         return float(np.mean([trial.metrics[metric] for trial in self.of(pair)]))
 
+    @cache  # noqa: B019
     def losses(self, metric: str) -> Losses:
-        """Returns a metric of all trials, by row if it is a mean of rows."""
-        if metric not in self._losses:
-            totals, tokens = {}, np.ones(1)
-            for trial in self.done:
-                total = np.array([trial.metrics[metric]])
-                if (rows := read_rows(trial.folder, metric)) is not None:
-                    total, tokens = rows
-                totals[trial.settings.pair, trial.settings.seed] = total
-            self._losses[metric] = Losses(totals, tokens)
-        return self._losses[metric]
+        totals, tokens = zip(*(trial.rows(metric) for trial in self.done), strict=True)
+        trials = ((trial.settings.pair, trial.settings.seed) for trial in self.done)
+        return Losses(dict(zip(trials, totals, strict=True)), tokens[0])
 
     def difference(self, pair: Pair, metric: str) -> Difference | None:
         """Returns a pair minus conventional tuning, on all rows. `None` for that itself, or without a common seed."""
@@ -142,21 +130,12 @@ class SweepResults:
 
     @cached_property
     def choice(self) -> Choice:
-        """The best pair."""
         if self.of(BASELINE):
             return choose(self.losses(self.metric), BASELINE, self.greater_is_better)
-        best = max if self.greater_is_better else min
-        return Choice(best(self.pairs, key=lambda pair: self.mean(pair, self.metric)), None, False)
+        return Choice(self._best(self.pairs, key=lambda pair: self.mean(pair, self.metric)), None, False)
 
     def best_of(self, pair: Pair) -> TrialResult:
-        """Returns the best trial of a pair."""
-        best = max if self.greater_is_better else min
-        return best(self.of(pair), key=lambda trial: trial.metrics[self.metric])
-
-    @cached_property
-    def best(self) -> TrialResult:
-        """The best trial of the best pair."""
-        return self.best_of(self.choice.pair)
+        return self._best(self.of(pair), key=lambda trial: trial.metrics[self.metric])
 
     def is_frontier(self, pair: Pair, kept_metric: str) -> bool:
         """Whether no other pair has both losses as low, and one of them lower: the task's, and that of what is kept."""

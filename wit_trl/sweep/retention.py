@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..conversation.chat_template import tokenizer_of
@@ -53,15 +52,12 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 def can_answer(trainer: WITSFTTrainer) -> bool:
-    """
-    Whether the model of a trainer can answer prompts of text. It cannot in three cases:
-
-    - Ranks share a sequence: their attention knows no padding and no cache.
-    - FSDP1: the parameters are whole only within the forward of its wrapper.
-    - Images: their collator takes no tokens.
-    """
+    """Whether the model of a trainer can answer prompts of text."""
+    # The parameters are whole only within the forward of its wrapper
     is_fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    # Their collator takes no tokens
     has_images = isinstance(trainer.data_collator, DataCollatorForVisionLanguageWIT)
+    # Attention of ranks that share a sequence knows no padding and no cache
     return not (is_fsdp1 or has_images or trainer.splits_sequences())
 
 
@@ -88,14 +84,3 @@ def answers(trainer: WITSFTTrainer, prompts: list[list[int]]) -> list[list[int]]
             written.append(answer[:end])
     model.train(training)
     return written
-
-
-def retention_rows(prompts: list[list[int]], written: list[list[int]]) -> Dataset:
-    """Returns rows of prompts, with the answers as completions."""
-    pairs = list(zip(prompts, written, strict=True))
-    return Dataset.from_dict(
-        {
-            "input_ids": [prompt + answer for prompt, answer in pairs],
-            "completion_mask": [[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs],
-        }
-    )

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from .pairs import Pair
+from .arguments import Pair
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,9 @@ class Losses:
     tokens: np.ndarray  # (rows,): number of tokens of each row; 1 for a metric that is no mean of rows
 
     def means(self) -> dict[tuple[Pair, int], float]:
-        """Returns the mean per token of each trial."""
         return {trial: float(totals.sum() / self.tokens.sum()) for trial, totals in self.totals.items()}
 
     def of_rows(self, rows: np.ndarray) -> "Losses":
-        """Returns the losses on some of the rows, which are given by their numbers."""
         return Losses({trial: totals[rows] for trial, totals in self.totals.items()}, self.tokens[rows])
 
 
@@ -73,12 +71,7 @@ def run_variance(means: Mapping[tuple[Pair, int], float]) -> tuple[float, int]:
 
 
 def difference(losses: Losses, pair: Pair, baseline: Pair, choices: int = 1) -> Difference:
-    """
-    Returns a pair minus the baseline. If the pair is the best of several `choices`, other rows than these chose it.
-
-    Raises:
-        `ValueError`: pair and baseline have no seed in common.
-    """
+    """Returns a pair minus the baseline. If it is the best of several `choices`, other rows than these chose it."""
     seeds = [seed for (p, seed) in losses.totals if p == pair and (baseline, seed) in losses.totals]
     if not seeds:
         raise ValueError(f"The trials of {pair} have no seed in common with those of {baseline}.")

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from .pairs import Pair
+from .arguments import Pair
 
 
 _MAX_WEIGHT = 1e6  # Optuna needs one
@@ -39,22 +39,14 @@ class TrialSettings:
         return cls((attributes["prompt_loss_weight"], attributes["completion_loss_weight"]), attributes["seed"])
 
     def as_config(self) -> dict[str, Any]:
-        """Returns the settings as flags of the training."""
         prompt, completion = self.pair
         return {"prompt_loss_weight": prompt, "completion_loss_weight": completion, "seed": self.seed}
 
 
 class SweepStudy:
     """
-    The trials of a sweep.
-
-    Args:
-        folder (`Path`): The folder of the study. It exists.
-        storage (`str`, *optional*): The URL of a database for the trials, by default a journal in the folder.
-        settings (`dict`): The settings that all trials share.
-
-    Raises:
-        `ValueError`: the study has trials with other settings.
+    The trials of a sweep, in the database of a URL, or else in a journal in its folder. Raises `ValueError` if there
+    are trials with other settings.
     """
 
     def __init__(self, folder: Path, storage: str | None, settings: dict[str, Any]):
@@ -82,7 +74,6 @@ class SweepStudy:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """The trials, in the order of their numbers."""
         return self._study.get_trials(deepcopy=False)
 
     def add(self, wanted: Iterable[TrialSettings]) -> None:
@@ -119,7 +110,6 @@ class SweepStudy:
             self._lock_of_trial.release()
 
     def folder_of(self, trial: optuna.Trial | FrozenTrial) -> Path:
-        """Returns the folder of a trial."""
         return self.folder / f"trial_{trial.number}"
 
     def _lock_in(self, trial: optuna.Trial | FrozenTrial) -> FileLock:

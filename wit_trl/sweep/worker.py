@@ -19,9 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
-from .arguments import SweepArguments
-from .metrics import TASK_METRIC
-from .pairs import BASELINE, name_of
+from .arguments import BASELINE, TASK_METRIC, SweepArguments, name_of
 from .report import html_page, plot, show
 from .results import SweepResults
 from .study import SweepStudy, TrialSettings
@@ -38,15 +36,6 @@ _ONE_IDLE_STEP = {
 }
 _LOG_LINES = 25  # of a trial that failed
 _POLL_SECONDS = 2
-
-
-def save_embedded(folder: Path) -> None:
-    """Saves the embedded data set and model."""
-    dataset = load_stdlib_functions()
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    for split, rows in dataset.items():
-        rows.to_parquet(folder / "data" / f"{split}.parquet")
-    save_embedded_model(train_embedded_tokenizer(dataset), folder / "model")
 
 
 def train(config: dict[str, Any], folder: Path) -> str | None:
@@ -71,24 +60,13 @@ def train(config: dict[str, Any], folder: Path) -> str | None:
 
 
 class SweepWorker:
-    """
-    A worker of a sweep. Several may work in one folder.
-
-    Args:
-        sweep ([`SweepArguments`]): What is searched.
-        config (`dict`): The flags that all trials share, as a YAML file for `wit-trl sft` holds them.
-        is_embedded (`bool`): Whether the trials train the embedded default. If so, it is saved first.
-    """
+    """A worker of a sweep. Several may work in one folder. `config` has the flags that all trials share."""
 
     def __init__(self, sweep: SweepArguments, config: dict[str, Any], is_embedded: bool):
         self.sweep, self.config, self.is_embedded = sweep, config, is_embedded
         self.folder, self.console = Path(config["output_dir"]), Console()
         self.folder.mkdir(parents=True, exist_ok=True)
-        measured = {
-            "other_sets": sweep.eval_dataset,
-            "retention_prompts": sweep.retention_prompts,
-            "lm_eval_tasks": sweep.lm_eval_tasks,
-        }
+        measured = {name: getattr(sweep, name) for name in ("eval_dataset", "retention_prompts", "lm_eval_tasks")}
         # The place of a sweep may change while it is under way, and so may the reading of its metric
         may_change = {"output_dir", "greater_is_better"}
         if is_embedded:
@@ -100,9 +78,8 @@ class SweepWorker:
             "main_process_port": 0,  # any free one, since several workers may share a machine
             **config,
             **measured,
-            "base_folder": str(self.folder / "base"),
-            "save_model": sweep.keep != "none",
-            "metric_function": sweep.metric if ":" in sweep.metric else None,
+            "keep": sweep.keep,
+            "metric": sweep.metric,
         }
 
     def prepare(self) -> None:
@@ -115,12 +92,18 @@ class SweepWorker:
             if (base / "result.json").exists():
                 return
             if self.is_embedded:
-                save_embedded(self.folder / "embedded")
+                self._save_embedded()
             self.console.print("Measuring the model before any training ...")
             config = self._config_of_trials | TrialSettings(BASELINE, self.sweep.seeds[0]).as_config() | _ONE_IDLE_STEP
             config.pop("lr_scheduler_kwargs", None)
             if error := train(config, base):
                 raise ValueError(f"The model cannot be measured. The end of {base / 'log.txt'}:\n{error}")
+
+    def _save_embedded(self) -> None:
+        dataset = load_stdlib_functions()
+        for split, rows in dataset.items():
+            rows.to_parquet(self.folder / "embedded" / "data" / f"{split}.parquet")
+        save_embedded_model(train_embedded_tokenizer(dataset), self.folder / "embedded" / "model")
 
     def work(self) -> None:
         """Runs trials until none is left, in this worker and in all others."""
@@ -160,7 +143,6 @@ class SweepWorker:
         self._drop_models(results, {results.best_of(pair).number for pair in results.pairs})
 
     def results(self) -> SweepResults:
-        """Returns the results so far."""
         clips = self.config.get("max_grad_norm", 1.0) > 0
         return SweepResults(self.study, self.sweep.metric, self.config.get("greater_is_better"), clips)
 
@@ -173,9 +155,10 @@ class SweepWorker:
     def report(self) -> None:
         """Prints the results, and writes them to files in the folder."""
         results = self.results()
-        self._drop_models(results, {results.best.number})
+        chosen = results.best_of(results.choice.pair)
+        self._drop_models(results, {chosen.number})
         show(self.console, results)
-        best = self.config | results.best.settings.as_config() | {"output_dir": str(self.folder / "best")}
+        best = self.config | chosen.settings.as_config() | {"output_dir": str(self.folder / "best")}
         if not best.get("load_best_model_at_end"):
             best["eval_strategy"] = "epoch"  # it evaluates after the last step too
         image, conclusion = plot(results), results.sentences()[0]
@@ -192,6 +175,6 @@ class SweepWorker:
             part.write_bytes(content)
             part.replace(self.folder / name)
         self.console.print(f"Written to {self.folder}: {', '.join(contents)}", soft_wrap=True)
-        model = results.best.folder / "model"
+        model = chosen.folder / "model"
         to_train = f"To train the best model: wit-trl sft --config {self.folder / 'best.yaml'}"
         self.console.print(f"The best model: {model}" if model.exists() else to_train, soft_wrap=True)
