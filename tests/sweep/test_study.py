@@ -62,6 +62,7 @@ def finish(study):
     """Runs what is left, and returns what was run."""
     done = []
     while (trial := study.take()) is not None:
+        (study.folder_of(trial) / "result.json").write_text("{}")
         study.tell(trial, 1.0, seconds=0.0)
         done.append(TrialSettings.of(trial))
     return done
@@ -195,14 +196,12 @@ def test_better_ratio_is_named_with_what_it_gains_and_costs(make_results):
     results = make_results(effect=-2.0)
     conclusion, *others = results.sentences()
     assert conclusion.startswith("Among 0, 0.25, 1, for this model, data, budget and metric: 1 does best, -0.4")
-    assert conclusion.endswith(
-        "on eval_completion_loss against 0, on the half of the rows that did not choose it (3 seeds)."
-    )
+    assert conclusion.endswith("on eval_completion_loss against 0 (3 seeds).")
     assert others[0].startswith("0.25 against 0: gains -0.0")
     assert "gains -0.4" in others[1]
     assert others[2].startswith("Held-out rows of the task itself tend to prefer the ratio 0.")
-    assert results.best_of(results.choice.pair).settings.pair == (1.0, 1.0)
-    assert results.best_of(results.choice.pair).settings.seed == 1  # which adds least
+    assert results.best.settings.pair == (1.0, 1.0)
+    assert results.best.settings.seed == 1  # which adds least
 
 
 @pytest.mark.parametrize("effect", [0.0, 2.0])
@@ -210,7 +209,7 @@ def test_no_difference_is_said_where_there_is_none_or_0_is_best(effect, make_res
     results = make_results(effect)
     if effect:
         assert results.sentences()[0].endswith("metric: 0 does best on eval_completion_loss.")
-        assert results.best_of(results.choice.pair).settings.pair == BASELINE
+        assert results.best.settings.pair == BASELINE
     else:
         assert "metric: no difference found." in results.sentences()[0]
 
@@ -223,7 +222,7 @@ def test_one_seed_says_that_it_gives_no_interval(make_results):
 
 def test_metric_of_which_more_is_better(make_results):
     results = make_results(effect=0.0, metric="eval_accuracy")
-    assert results.best_of(results.choice.pair).settings.pair == (1.0, 1.0)
+    assert results.best.settings.pair == (1.0, 1.0)
     assert "1 does best, +1.000 ± 0.000 on eval_accuracy against 0" in results.sentences()[0]
 
 
@@ -250,7 +249,7 @@ def test_sweep_of_failures_is_an_error(make_results):
 def test_pairs_without_a_baseline_are_not_compared(make_results):
     results = make_results(effect=-2.0, fail=[TrialSettings(BASELINE, seed) for seed in (1, 2, 3)])
     assert results.sentences()[0].endswith("nothing can be compared, because no trial of the ratio 0 is done.")
-    assert results.best_of(results.choice.pair).settings.pair == (1.0, 1.0)
+    assert results.best.settings.pair == (1.0, 1.0)
 
 
 def test_clipping_and_replicates_are_told(make_results, tmp_path):
@@ -264,11 +263,37 @@ def test_clipping_and_replicates_are_told(make_results, tmp_path):
     assert any(sentence.startswith("The trials clip gradients") for sentence in results.sentences())
 
 
-def test_trial_whose_files_are_gone_is_told(make_results, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"), [("result.json", None), ("result.json", ""), ("rows.parquet", None), ("rows.parquet", "")]
+)
+def test_trial_that_lost_a_file_is_told_and_repeated_alone(file, content, make_results, study, tmp_path):
     make_results(effect=0.0)
-    (tmp_path / "trial_2" / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"Trial 2 is done, but there is no .*result.json\. Start a new sweep"):
-        make_results(effect=0.0)
+    lost = tmp_path / "trial_2" / file
+    lost.unlink()
+    if content is not None:
+        lost.write_text(content)
+    wanted = [TrialSettings((ratio, 1.0), seed) for ratio in (0.0, 0.25, 1.0) for seed in (1, 2, 3)]
+    assert study.add(wanted) == {wanted[2]: lost}
+    assert len(SweepResults(study, TASK_METRIC, None, False).done) == 8
+    assert study.add(wanted) == {}
+    assert finish(study) == [wanted[2]]
+
+
+@pytest.mark.parametrize("kept", [1, -1])
+def test_line_of_the_journal_that_was_cut_off_is_mended(kept, study, tmp_path):
+    """A full disk cuts off what is written last."""
+    study.add(WANTED)
+    other_worker = SweepStudy(tmp_path, None, {})
+    study.tell(study.take(), None, error="disk full", seconds=1.0)
+    journal = tmp_path / "study.log"
+    whole = journal.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    journal.write_bytes(whole[: len(whole) - len(last)] + last[:kept])
+    study._lock_of_trial.release()  # its worker has died
+    assert finish(other_worker) == [*WANTED[1:], WANTED[0]]
+    again = SweepStudy(tmp_path, None, {})
+    again.add(WANTED)
+    assert again.take() is None
 
 
 def test_frontier_has_what_is_not_beaten_on_both_axes(make_results):

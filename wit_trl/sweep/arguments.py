@@ -16,7 +16,7 @@ BASELINE: Pair = (0.0, 1.0)  # conventional tuning
 PAPER_PAIRS: list[Pair] = [pair for pair in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), repeat=2) if any(pair)]
 TASK_METRIC, RETENTION_METRIC = "eval_completion_loss", "eval_retention_loss"
 # They depend on the weights, so that one model has several values: they are weighted, or of the weighted tokens alone
-_WEIGHTED_METRICS = [p + n for p in ("", "eval_", "train_") for n in ("loss", "entropy", "mean_token_accuracy")]
+_WEIGHTED_METRICS = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
 
 
 @dataclass
@@ -59,6 +59,11 @@ class SweepArguments:
         for flag, values in (("ratios", self.ratios), ("seeds", self.seeds)):
             if not values:
                 raise ValueError(f"--{flag} has no value. Give at least one.")
+        if ":" not in self.metric and not self.metric.startswith("eval_"):
+            raise ValueError(
+                f"--metric is {self.metric}, but must be of an evaluation, such as {TASK_METRIC}, or a function, as "
+                "file.py:function."
+            )
         if self.metric in _WEIGHTED_METRICS:
             raise ValueError(
                 f"--metric is {self.metric}, which depends on the weights: it is another number for the same model. "

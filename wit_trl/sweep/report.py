@@ -27,7 +27,7 @@ def table(results: SweepResults) -> Table:
         for pair in results.pairs:
             found = results.difference(pair, metric)
             difference = "" if found is None else signed(found)
-            style = "bold" if pair == results.choice.pair else None
+            style = "bold" if pair == results.best.settings.pair else None
             count, mean = str(len(results.of(pair))), f"{results.mean(pair, metric):.3f}"
             rows.add_row("", name_of(pair), count, mean, difference, style=style)
     return rows
@@ -38,7 +38,7 @@ def show(console: Console, results: SweepResults) -> None:
     console.print(table(results))
     for sentence in results.sentences():
         console.print(Text(f"\N{BULLET} {sentence}"))
-    note = "The intervals are of 95%, of rows and runs. Those of the table are not widened for there being several."
+    note = "The intervals are of 95%, of rows and runs, and widened for the choice among several."
     console.print(Text(f"\n{note}", "dim"))
 
 
@@ -58,13 +58,7 @@ def html_page(results: SweepResults, heading: str, image: bytes) -> str:
 
 
 def plot(results: SweepResults) -> bytes:
-    """
-    Returns the picture as PNG. Every dot is a trial:
-
-    1. the metric by pair, with the interval of the difference from conventional tuning;
-    2. the losses of both regions;
-    3. the loss of the task against each metric of what is kept, with the frontier.
-    """
+    """Returns the picture as PNG, where every dot is a trial."""
     from matplotlib.figure import Figure  # of the extra `plot`
 
     planes = [("eval_prompt_loss", TASK_METRIC), *((TASK_METRIC, name) for name in results.kept_metrics)]

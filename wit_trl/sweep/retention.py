@@ -1,5 +1,6 @@
 """Retention: whether a trained model still finds the answers likely that the base model gave."""
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -33,14 +34,9 @@ GENERAL_PROMPTS = (
 
 def prompts_of(rows: Iterable[dict], count: int) -> list[list[int]]:
     """Returns the first prompts as tokens, of rows that have a completion and a prompt of at most 512 tokens."""
-    prompts: list[list[int]] = []
-    for row in rows:
-        length = row["completion_mask"].index(1) if 1 in row["completion_mask"] else 0
-        if 0 < length <= MAX_PROMPT_TOKENS:
-            prompts.append(list(row["input_ids"][:length]))
-        if len(prompts) == count:
-            break
-    return prompts
+    masked = ((row["input_ids"], row["completion_mask"]) for row in rows)
+    prompts = (list(tokens[: mask.index(1)]) for tokens, mask in masked if 1 in mask)
+    return list(itertools.islice((prompt for prompt in prompts if 0 < len(prompt) <= MAX_PROMPT_TOKENS), count))
 
 
 def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -71,14 +67,8 @@ def answers(trainer: WITSFTTrainer, prompts: list[list[int]]) -> list[list[int]]
     for start in range(0, len(prompts), batch_size):
         rows = {"input_ids": prompts[start : start + batch_size]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(trainer.args.device)
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        tokens = model.generate(**inputs, **ends, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, use_cache=True)
         for answer in tokens[:, inputs["input_ids"].size(1) :].tolist():
             end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
             written.append(answer[:end])
