@@ -103,6 +103,7 @@ def table(output):
 def test_sweep_survives_what_is_killed_and_ends_in_the_same_table(start, flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     search = ("--ratios", "0", "1", "--seeds", "1", "--hub_token", "hf_secret")
+    monkeypatch.delenv("HF_TOKEN", raising=False)  # which is put back after the test
     sweep = start(*search)
     training = training_of(sweep, 1)
     first_result = Path("sweep/trial_0/result.json").read_bytes()

@@ -157,7 +157,7 @@ def test_simulated_sweeps_with_an_effect_name_the_better_ratio(run_noise, row_no
         named.append(best == BETTER and found.is_found)
         found = difference(losses, BETTER, BASELINE)
         held.append(abs(found.value - effect) <= found.half_width)
-    assert np.mean(named) >= 0.85
+    assert np.mean(named) >= 0.85 - 2 * math.sqrt(0.85 * 0.15 / 1000)  # within the noise of 1,000 sweeps
     assert np.mean(held) >= 0.9
 
 
