@@ -15,8 +15,7 @@ from datasets import Dataset
 from optuna.trial import TrialState
 from rich.console import Console
 
-from wit_trl.sweep.metrics import RETENTION_METRIC, TASK_METRIC
-from wit_trl.sweep.pairs import BASELINE
+from wit_trl.sweep.arguments import BASELINE, RETENTION_METRIC, TASK_METRIC
 from wit_trl.sweep.report import html_page, plot, show
 from wit_trl.sweep.results import SweepResults
 from wit_trl.sweep.study import SweepStudy, TrialSettings
@@ -63,6 +62,7 @@ def finish(study):
     """Runs what is left, and returns what was run."""
     done = []
     while (trial := study.take()) is not None:
+        (study.folder_of(trial) / "result.json").write_text("{}")
         study.tell(trial, 1.0, seconds=0.0)
         done.append(TrialSettings.of(trial))
     return done
@@ -196,9 +196,7 @@ def test_better_ratio_is_named_with_what_it_gains_and_costs(make_results):
     results = make_results(effect=-2.0)
     conclusion, *others = results.sentences()
     assert conclusion.startswith("Among 0, 0.25, 1, for this model, data, budget and metric: 1 does best, -0.4")
-    assert conclusion.endswith(
-        "on eval_completion_loss against 0, on the half of the rows that did not choose it (3 seeds)."
-    )
+    assert conclusion.endswith("on eval_completion_loss against 0 (3 seeds).")
     assert others[0].startswith("0.25 against 0: gains -0.0")
     assert "gains -0.4" in others[1]
     assert others[2].startswith("Held-out rows of the task itself tend to prefer the ratio 0.")
@@ -265,11 +263,37 @@ def test_clipping_and_replicates_are_told(make_results, tmp_path):
     assert any(sentence.startswith("The trials clip gradients") for sentence in results.sentences())
 
 
-def test_trial_whose_files_are_gone_is_told(make_results, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"), [("result.json", None), ("result.json", ""), ("rows.parquet", None), ("rows.parquet", "")]
+)
+def test_trial_that_lost_a_file_is_told_and_repeated_alone(file, content, make_results, study, tmp_path):
     make_results(effect=0.0)
-    (tmp_path / "trial_2" / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"Trial 2 is done, but there is no .*result.json\. Start a new sweep"):
-        make_results(effect=0.0)
+    lost = tmp_path / "trial_2" / file
+    lost.unlink()
+    if content is not None:
+        lost.write_text(content)
+    wanted = [TrialSettings((ratio, 1.0), seed) for ratio in (0.0, 0.25, 1.0) for seed in (1, 2, 3)]
+    assert study.add(wanted) == {wanted[2]: lost}
+    assert len(SweepResults(study, TASK_METRIC, None, False).done) == 8
+    assert study.add(wanted) == {}
+    assert finish(study) == [wanted[2]]
+
+
+@pytest.mark.parametrize("kept", [1, -1])
+def test_line_of_the_journal_that_was_cut_off_is_mended(kept, study, tmp_path):
+    """A full disk cuts off what is written last."""
+    study.add(WANTED)
+    other_worker = SweepStudy(tmp_path, None, {})
+    study.tell(study.take(), None, error="disk full", seconds=1.0)
+    journal = tmp_path / "study.log"
+    whole = journal.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    journal.write_bytes(whole[: len(whole) - len(last)] + last[:kept])
+    study._lock_of_trial.release()  # its worker has died
+    assert finish(other_worker) == [*WANTED[1:], WANTED[0]]
+    again = SweepStudy(tmp_path, None, {})
+    again.add(WANTED)
+    assert again.take() is None
 
 
 def test_frontier_has_what_is_not_beaten_on_both_axes(make_results):

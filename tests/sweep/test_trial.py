@@ -1,9 +1,10 @@
 """One trial of a sweep: what it measures, against plain loops."""
 
 import json
-import os
+import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -13,7 +14,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from wit_trl.cli.loading import load_data
-from wit_trl.sweep import trial
+from wit_trl.sweep import trial, worker
 from wit_trl.sweep.retention import GENERAL_PROMPTS, answers, general_prompts, prompts_of
 
 from ..helpers import make_trainer
@@ -21,8 +22,9 @@ from ..reference import region_sums
 
 
 @pytest.fixture
-def run(make_model, tokenizer, prompt_completion, tmp_path):
+def run(make_model, tokenizer, prompt_completion, tmp_path, monkeypatch):
     """A function that runs a trial in this process and returns what it wrote."""
+    monkeypatch.setattr(trial, "end_with_sweep", lambda: None)
     make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
@@ -35,12 +37,10 @@ def run(make_model, tokenizer, prompt_completion, tmp_path):
             "model_name_or_path": tmp_path / "model",
             "dataset_name": tmp_path / "data",
             "output_dir": tmp_path / name,
-            "base_folder": tmp_path / "base",
-            "sweep_process": os.getpid(),
-            "other_sets": f"other={tmp_path / 'other.jsonl'}",
+            "eval_dataset": f"other={tmp_path / 'other.jsonl'}",
             "retention_prompts": 2,
-            "max_steps": 1 if name == "base" else 3,
-            "learning_rate": 0 if name == "base" else 1e-2,
+            "max_steps": 1 if name.endswith("base") else 3,
+            "learning_rate": 0 if name.endswith("base") else 1e-2,
             "max_length": 64,
             "eval_strategy": "epoch",
             "use_cpu": True,
@@ -98,7 +98,7 @@ def test_what_a_trial_measures_is_what_plain_loops_find_in_its_model(run, make_m
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
-    measured = {"metric_function": function, "lm_eval_tasks": tmp_path / "task.yaml"}
+    measured = {"metric": function, "lm_eval_tasks": tmp_path / "task.yaml"}
     result = run("trial_0", prompt_loss_weight=0.25, completion_loss_weight=1, **measured)
     metrics = result["metrics"]
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "trial_0" / "model").double()
@@ -140,9 +140,9 @@ def test_training_that_diverges_has_no_result(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"metric_function": "missing.py:f"}, r"--metric is missing.py:f, but there is no file missing.py"),
-        ({"metric_function": "math:missing"}, r"--metric is math:missing, but math has no function missing"),
-        ({"other_sets": "other=missing.jsonl"}, r"There is no file missing.jsonl, or it is empty"),
+        ({"metric": "missing.py:f"}, r"--metric is missing.py:f, but there is no file missing.py"),
+        ({"metric": "math:missing"}, r"--metric is math:missing, but math has no function missing"),
+        ({"eval_dataset": "other=missing.jsonl"}, r"There is no file missing.jsonl, or it is empty"),
         ({"dataset_test_split": "validation"}, r"The data set has no split 'validation'"),
     ],
 )
@@ -179,11 +179,63 @@ def test_prompts_are_what_comes_before_the_completion(tokenizer):
     assert tokenizer.decode(general_prompts(tokenizer)[0]) == f"{GENERAL_PROMPTS[0]}\n"
 
 
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("data/train.jsonl", "training rows"),
+        ("data/test.jsonl", "test rows"),
+        ("other.jsonl", "test rows other"),
+        ("model/model.safetensors", "model"),
+        ("model/tokenizer.json", "model"),
+    ],
+)
+def test_trial_on_other_data_or_model_than_the_base_is_refused(file, changed, run, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("wit_trl.WITSFTTrainer.train", lambda self: None)
+    monkeypatch.setattr(trial, "answer_as_base", lambda *args: None)
+    monkeypatch.setattr(trial, "measure", lambda *args: {"metrics": {}})
+    run("base")
+    run("trial_0")
+    path = tmp_path / file
+    if path.suffix == ".jsonl":  # as many rows, of the same columns
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    elif path.suffix == ".json":
+        path.write_text(path.read_text() + " ")
+    else:
+        model = make_model(tie_word_embeddings=True)
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1
+        model.save_pretrained(tmp_path / "model")
+    message = (
+        f"The {changed} changed since the sweep in {tmp_path} began: its trials would not compare. Put back what there "
+        "was, or start a new sweep in another --output_dir."
+    )
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run("trial_1")
+    assert (tmp_path / "trial_1" / trial.REFUSAL).read_text() == message
+
+
+def test_refusal_of_a_trial_ends_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_launch", lambda folder: (folder / trial.REFUSAL).write_text("The rows changed."))
+    with pytest.raises(ValueError, match=r"^The rows changed\.$"):
+        worker.train({}, tmp_path / "t[v1]")
+
+
+def test_files_of_a_sweep_are_those_of_its_folder(run, tmp_path, monkeypatch):
+    """Not those of a folder that its name matches as a pattern."""
+    run("t1/base", dataset_test_split="train")
+    run("t[1]/base")
+    result = run("t[1]/trial_0")
+    answered = pq.read_table(tmp_path / "t[1]" / "base" / "answers.parquet")["completion_mask"].to_pylist()
+    rows = pq.read_table(tmp_path / "t[1]" / "trial_0" / "retention_rows.parquet")
+    assert rows["prompt_tokens"].to_pylist() == [mask.count(0) - 1 for mask in answered]
+    assert result["metrics"]["eval_retention_loss"]
+
+
 def test_model_of_a_trial_can_be_loaded(run, tmp_path):
     run("base")
-    run("trial_0", save_model=True)
+    run("trial_0", keep="all")
     assert AutoTokenizer.from_pretrained(tmp_path / "trial_0" / "model").chat_template
-    run("trial_1", save_model=False)
+    run("trial_1", keep="none")
     assert not (tmp_path / "trial_1" / "model").exists()
 
 

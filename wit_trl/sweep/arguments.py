@@ -1,53 +1,54 @@
 """The arguments of `wit-trl sweep`: which pairs and seeds it trains, what it measures and what it keeps."""
 
-from dataclasses import dataclass, field
+# ruff: noqa: RUF009  (`HfArg` makes a field)
 
-from .metrics import TASK_METRIC
-from .pairs import BASELINE, PAPER_PAIRS, Pair
+import itertools
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+from transformers.hf_argparser import HfArg
 
 
+Pair: TypeAlias = tuple[float, float]  # λp and λr
+
+BASELINE: Pair = (0.0, 1.0)  # conventional tuning
+PAPER_PAIRS: list[Pair] = [pair for pair in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), repeat=2) if any(pair)]
+TASK_METRIC, RETENTION_METRIC = "eval_completion_loss", "eval_retention_loss"
 # They depend on the weights, so that one model has several values: they are weighted, or of the weighted tokens alone
-_WEIGHTED_METRICS = [p + n for p in ("", "eval_", "train_") for n in ("loss", "entropy", "mean_token_accuracy")]
+_WEIGHTED_METRICS = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
 
 
 @dataclass
 class SweepArguments:
     """Arguments of `wit-trl sweep` besides those of the training."""
 
-    ratios: list[float] = field(
+    ratios: list[float] = HfArg(
         default_factory=lambda: [0.0, 0.1, 0.25, 0.5, 1.0],
-        metadata={"help": "Weights of a prompt token, where a completion token weighs 1."},
+        help="Weights of a prompt token, where a completion token weighs 1.",
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds that each pair is trained with."}
+    seeds: list[int] = HfArg(default_factory=lambda: [1, 2, 3], help="Seeds that each pair is trained with.")
+    pairs: list[str] = HfArg(default_factory=list, help="Pairs of weights instead of the ratios, as 0.2,0.8.")
+    grid: str | None = HfArg(
+        default=None, help="The 35 pairs of the paper instead of the ratios.", metadata={"choices": ["paper"]}
     )
-    pairs: list[str] = field(
-        default_factory=list, metadata={"help": "Pairs of weights instead of the ratios, as 0.2,0.8."}
+    eval_dataset: list[str] = HfArg(
+        default_factory=list, help="Other evaluation sets, as name=data set: what should be kept."
     )
-    grid: str | None = field(
-        default=None, metadata={"help": "The 35 pairs of the paper instead of the ratios.", "choices": ["paper"]}
+    retention_prompts: int = HfArg(
+        default=16, help="Number of held-out prompts whose answers by the base model should be kept. 0: no retention."
     )
-    eval_dataset: list[str] = field(
-        default_factory=list, metadata={"help": "Other evaluation sets, as name=data set: what should be kept."}
-    )
-    retention_prompts: int = field(
-        default=16,
-        metadata={
-            "help": "Number of held-out prompts whose answers by the base model should be kept. 0: no retention."
-        },
-    )
-    metric: str = field(
+    metric: str = HfArg(
         default=TASK_METRIC,
-        metadata={"help": "What the best pair is chosen by: a logged metric, or a function, as file.py:function."},
+        help="What the best pair is chosen by: a logged metric, or a function as file.py:function.",
     )
-    lm_eval_tasks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Benchmarks of lm-evaluation-harness that each trial runs: names, or YAML files."},
+    lm_eval_tasks: list[str] = HfArg(
+        default_factory=list, help="Benchmarks of lm-evaluation-harness that each trial runs: names, or YAML files."
     )
-    storage: str | None = field(
-        default=None, metadata={"help": "URL of a database for the trials, instead of a file in the output folder."}
+    storage: str | None = HfArg(
+        default=None, help="URL of a database for the trials, instead of a file in the output folder."
     )
-    keep: str = field(default="best", metadata={"help": "Which models are kept.", "choices": ["best", "all", "none"]})
+    keep: str = HfArg(default="best", help="Which models are kept.", metadata={"choices": ["best", "all", "none"]})
 
     def __post_init__(self):
         for name in ("ratios", "seeds", "pairs", "eval_dataset", "lm_eval_tasks"):  # a YAML file may have a single one
@@ -58,6 +59,11 @@ class SweepArguments:
         for flag, values in (("ratios", self.ratios), ("seeds", self.seeds)):
             if not values:
                 raise ValueError(f"--{flag} has no value. Give at least one.")
+        if ":" not in self.metric and not self.metric.startswith("eval_"):
+            raise ValueError(
+                f"--metric is {self.metric}, but must be of an evaluation, such as {TASK_METRIC}, or a function, as "
+                "file.py:function."
+            )
         if self.metric in _WEIGHTED_METRICS:
             raise ValueError(
                 f"--metric is {self.metric}, which depends on the weights: it is another number for the same model. "
@@ -91,3 +97,14 @@ class SweepArguments:
         else:
             pairs = [(ratio, 1.0) for ratio in self.ratios]
         return list(dict.fromkeys([BASELINE, *pairs]))
+
+
+def ratio(pair: Pair) -> float | None:
+    """Returns the weight of the prompt divided by that of the completion, or `None` if the latter is 0."""
+    prompt, completion = (Fraction(str(weight)) for weight in pair)  # 0.6 / 0.2 is exactly 3
+    return float(prompt / completion) if completion else None
+
+
+def name_of(pair: Pair) -> str:
+    """Returns the name of a pair: its ratio if the completion weighs 1, else both weights."""
+    return f"{pair[0]:g}" if pair[1] == 1 else f"({pair[0]:g}, {pair[1]:g})"

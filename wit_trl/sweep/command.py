@@ -1,5 +1,6 @@
 """The command `wit-trl sweep`: it reads the flags and refuses what no trial can do. Then it is a worker."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +27,13 @@ _OF_THE_TRIALS = {
 _IMPOSSIBLE = {
     "resume_from_checkpoint": "a trial that was cut off starts again",
     "push_to_hub": "train with best.yaml and push that",
+    "aws_secret_access_key": "a trial runs on this machine",
     "num_machines": "a trial runs on one machine. Start `wit-trl sweep` on each, with an --output_dir that they share",
 }
 
 
 def parse_sweep_flags(args: Sequence[str]) -> Flags:
-    """Returns the flags of a sweep. `args` are the arguments after `wit-trl sweep`."""
-    types = (SweepArguments, *TRAINING_TYPES)
-    return Flags(types, args, "wit-trl sweep", _DEFAULTS, _EMBEDDED_DEFAULTS)
+    return Flags((SweepArguments, *TRAINING_TYPES), args, "wit-trl sweep", _DEFAULTS, _EMBEDDED_DEFAULTS)
 
 
 def settings_of(flags: Flags) -> dict[str, Any]:
@@ -52,6 +52,10 @@ def settings_of(flags: Flags) -> dict[str, Any]:
     if flags.is_embedded:
         folder = Path(config["output_dir"]) / "embedded"
         config |= {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "data")}
+    if "token" in str(config.get("model_init_kwargs")):
+        raise ValueError(
+            "--model_init_kwargs has a token, which the files of the sweep would show. Set HF_TOKEN instead."
+        )
     config["eval_packing"] = False  # packed rows cannot be told apart
     return {name: value for name, value in config.items() if name not in _OF_THE_TRIALS}
 
@@ -62,6 +66,8 @@ def main(args: Sequence[str]) -> None:
     with errors_in_one_sentence(debug):
         flags = parse_sweep_flags(args)
         sweep, settings = flags.make(SweepArguments), settings_of(flags)
+        if token := settings.pop("hub_token", None):
+            os.environ["HF_TOKEN"] = token  # trials inherit it, and no file shows it
         needed = ["optuna", "scipy", "matplotlib"]
         if sweep.lm_eval_tasks:
             needed.append("lm-eval")

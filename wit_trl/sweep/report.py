@@ -2,14 +2,14 @@
 
 import io
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..report.page import page, printable
-from .metrics import TASK_METRIC, loss_metric
-from .pairs import BASELINE, name_of
+from .arguments import BASELINE, TASK_METRIC, name_of
 from .results import SweepResults, signed
 
 
@@ -27,7 +27,7 @@ def table(results: SweepResults) -> Table:
         for pair in results.pairs:
             found = results.difference(pair, metric)
             difference = "" if found is None else signed(found)
-            style = "bold" if pair == results.choice.pair else None
+            style = "bold" if pair == results.best.settings.pair else None
             count, mean = str(len(results.of(pair))), f"{results.mean(pair, metric):.3f}"
             rows.add_row("", name_of(pair), count, mean, difference, style=style)
     return rows
@@ -38,7 +38,7 @@ def show(console: Console, results: SweepResults) -> None:
     console.print(table(results))
     for sentence in results.sentences():
         console.print(Text(f"\N{BULLET} {sentence}"))
-    note = "The intervals are of 95%, of rows and runs. Those of the table are not widened for there being several."
+    note = "The intervals are of 95%, of rows and runs, and widened for the choice among several."
     console.print(Text(f"\n{note}", "dim"))
 
 
@@ -58,33 +58,24 @@ def html_page(results: SweepResults, heading: str, image: bytes) -> str:
 
 
 def plot(results: SweepResults) -> bytes:
-    """
-    Returns the picture as PNG. Every dot is a trial:
-
-    1. the metric by pair, with the interval of the difference from conventional tuning;
-    2. the losses of both regions;
-    3. the loss of the task against each metric of what is kept, with the frontier.
-    """
+    """Returns the picture as PNG, where every dot is a trial."""
     from matplotlib.figure import Figure  # of the extra `plot`
 
-    planes = [(loss_metric("", "prompt"), TASK_METRIC), *((TASK_METRIC, name) for name in results.kept_metrics)]
-    columns, count = 3, 1 + len(planes)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns).flatten()
-    of_metric, *of_planes = panels[:count]
-    for unused in panels[count:]:
-        unused.remove()
+    planes = [("eval_prompt_loss", TASK_METRIC), *((TASK_METRIC, name) for name in results.kept_metrics)]
+    rows = 1 + len(planes) // 3
+    figure = Figure(figsize=(12.6, 3.5 * rows), layout="constrained")
+    of_metric, *of_planes = (figure.add_subplot(rows, 3, position + 1) for position in range(1 + len(planes)))
     for position, pair in enumerate(results.pairs):
         trials = [trial.metrics for trial in results.of(pair)]
         colour, mean = f"C{position}", results.mean(pair, results.metric)
         heights = [trial[results.metric] for trial in trials]
         of_metric.plot([position] * len(trials), heights, "o", color=colour, alpha=0.5)
         found = results.difference(pair, results.metric)
-        of_metric.errorbar(position, mean, found and found.half_width, fmt="_", color="black", capsize=4, markersize=14)
+        bar = None if found is None else found.half_width
+        of_metric.errorbar(position, mean, bar, fmt="_", color="black", capsize=4, markersize=14)
         for axes, (x, y) in zip(of_planes, planes, strict=True):
             points = [(trial[x], trial[y]) for trial in trials if x in trial]  # without prompts there is no prompt loss
-            axes.plot([p[0] for p in points], [p[1] for p in points], "o", color=colour, alpha=0.7, label=name_of(pair))
+            axes.plot(*np.reshape(points, (-1, 2)).T, "o", color=colour, alpha=0.7, label=name_of(pair))
             axes.set(xlabel=f"{x}, in nats per token", ylabel=y)
     of_metric.set_xticks(range(len(results.pairs)), [name_of(pair) for pair in results.pairs])
     of_metric.set(xlabel="ratio of the weights", ylabel=results.metric)
@@ -92,10 +83,10 @@ def plot(results: SweepResults) -> bytes:
     if results.of(BASELINE):
         of_metric.axhline(results.mean(BASELINE, results.metric), color="grey", linewidth=0.8, linestyle="--")
     for axes, (x, y) in zip(of_planes[1:], planes[1:], strict=True):
-        frontier = sorted(
+        frontier = [
             (results.mean(pair, x), results.mean(pair, y)) for pair in results.pairs if results.is_frontier(pair, y)
-        )
-        axes.plot([p[0] for p in frontier], [p[1] for p in frontier], color="grey", linewidth=0.8, zorder=0)
+        ]
+        axes.plot(*np.transpose(sorted(frontier)), color="grey", linewidth=0.8, zorder=0)
         axes.set_title("grey: the frontier", fontsize="small")
     of_planes[0].legend(title="ratio", fontsize="small")
     for axes in figure.axes:

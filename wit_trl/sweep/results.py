@@ -1,18 +1,20 @@
 """What the trials of a sweep measured, and the sentences that follow from it."""
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, TrialState
 
-from .metrics import RETENTION_METRIC, TASK_METRIC, read_rows
-from .pairs import BASELINE, Pair, name_of, ratio
-from .statistics import Choice, Difference, Losses, choose, difference
-from .study import SweepStudy, TrialSettings
+from .arguments import BASELINE, RETENTION_METRIC, TASK_METRIC, Pair, name_of, ratio
+from .statistics import Difference, Losses, choose, difference
+from .study import SweepStudy, TrialSettings, lost_file
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class TrialResult:
     """A trial that has ended."""
 
     settings: TrialSettings  # the weights and the seed
-    number: int  # in the study
+    trial: int  # its number in the study
     folder: Path  # of its files
     metrics: dict[str, float]  # losses in nats per token; empty if the trial failed
     answers: list[str]  # of its model, to the prompts of the report
@@ -29,72 +31,58 @@ class TrialResult:
 
     @classmethod
     def read(cls, trial: FrozenTrial, folder: Path) -> "TrialResult":
-        """Returns the result of a trial. Raises `ValueError` if its files are gone."""
         measured: dict[str, Any] = {"metrics": {}, "answers": []}
         if trial.state == TrialState.COMPLETE:
-            try:
-                measured = json.loads((folder / "result.json").read_text())
-            except FileNotFoundError as error:
-                raise ValueError(
-                    f"Trial {trial.number} is done, but there is no {error.filename}. Start a new sweep in another "
-                    "--output_dir."
-                ) from error
-        error, seconds = trial.user_attrs.get("error"), trial.user_attrs["seconds"]
-        metrics, answers = measured["metrics"], measured["answers"]
-        return cls(TrialSettings.of(trial), trial.number, folder, metrics, answers, error, seconds)
+            measured = json.loads((folder / "result.json").read_text())
+        settings, error, seconds = TrialSettings.of(trial), trial.user_attrs.get("error"), trial.user_attrs["seconds"]
+        return cls(settings, trial.number, folder, measured["metrics"], measured["answers"], error, seconds)
+
+    def rows(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the summed loss and the number of tokens of each row. A metric that is no mean of rows has one."""
+        loss = re.fullmatch(r"eval_((?:\w+_)?)(prompt|completion)_loss", metric)
+        if loss is None and metric != RETENTION_METRIC:
+            return np.array([self.metrics[metric]]), np.ones(1)
+        prefix, region = loss.groups() if loss else ("retention_", "completion")
+        rows = pq.read_table(self.folder / f"{prefix}rows.parquet", columns=[f"{region}_nll", f"{region}_tokens"])
+        totals, tokens = (column.to_numpy() for column in rows.columns)
+        return totals[tokens > 0], tokens[tokens > 0]
 
     def as_json(self) -> dict[str, Any]:
         """Returns the line of `sweep.jsonl`."""
-        return {
-            **self.settings.as_config(),
-            "ratio": ratio(self.settings.pair),
-            "trial": self.number,
-            "folder": self.folder.name,
-            "seconds": self.seconds,
-            "error": self.error,
-            "metrics": self.metrics,
-            "answers": self.answers,
-        }
+        settings = self.settings.as_config() | {"ratio": ratio(self.settings.pair)}
+        line = settings | asdict(self) | {"folder": self.folder.name}
+        del line["settings"]
+        return line
+
+
+def check_metric(metric: str, measured: Collection[str]) -> None:
+    """Raises `ValueError` for the `--metric` that trials, or the base, do not have."""
+    if metric not in measured:
+        names = ", ".join(sorted(name for name in measured if name.startswith("eval_")))
+        raise ValueError(f"--metric is {metric}, which the trials do not have. They have: {names}.")
 
 
 class SweepResults:
-    """
-    What the trials of a study measured.
-
-    Args:
-        study ([`SweepStudy`]): The study.
-        metric (`str`): The metric that the best pair is chosen by.
-        greater_is_better (`bool`, *optional*): Whether a greater value of it is better. By default the benchmark says
-            so, or the name does not end with `"loss"`.
-        clips (`bool`): Whether the trials clip gradients. If they do, pairs of one ratio may differ.
-
-    Raises:
-        `ValueError`: no trial is done, or a trial that is done does not have the metric.
-    """
+    """What the trials of a study measured. `metric` chooses the best pair, and trials that `clips` clip gradients."""
 
     def __init__(self, study: SweepStudy, metric: str, greater_is_better: bool | None, clips: bool):
         self.metric, self.clips = metric, clips
-        self.folder = study.folder
-        self._losses: dict[str, Losses] = {}
-        base = json.loads((self.folder / "base" / "result.json").read_text())
+        base = json.loads((study.folder / "base" / "result.json").read_text())
         self.base_metrics, self.prompts, self.base_answers = base["metrics"], base["prompts"], base["answers"]
         self.benchmarks: dict[str, bool] = base["greater_is_better"]
-        if greater_is_better is None:
-            greater_is_better = self.benchmarks.get(metric, not metric.endswith("loss"))
-        self.greater_is_better = greater_is_better
+        by_name = self.benchmarks.get(metric, not metric.endswith("loss"))
+        self.greater_is_better = by_name if greater_is_better is None else greater_is_better
+        self._best = max if self.greater_is_better else min
         ended = {}
-        for trial in study.trials:
-            # Others wait or run, or their worker died
-            if trial.state == TrialState.COMPLETE or "error" in trial.user_attrs:
-                result = TrialResult.read(trial, study.folder_of(trial))
-                ended[result.settings] = result  # the last one, if a trial failed and was tried again
+        for trial in study.trials:  # those that have ended: the last one, if a trial failed and was tried again
+            folder = study.folder_of(trial)
+            if "error" in trial.user_attrs or (trial.state == TrialState.COMPLETE and not lost_file(folder)):
+                ended[TrialSettings.of(trial)] = TrialResult.read(trial, folder)
         self.trials = sorted(ended.values(), key=lambda trial: (_order(trial.settings.pair), trial.settings.seed))
         self.done = [trial for trial in self.trials if trial.error is None]
         if not self.done:
             raise ValueError(f"All {len(self.trials)} trials failed. The last one says:\n{self.trials[-1].error}")
-        measured = set.intersection(*(set(trial.metrics) for trial in self.done))
-        if metric not in measured:
-            raise ValueError(f"--metric is {metric}, which the trials do not have. They have: {', '.join(measured)}.")
+        check_metric(metric, set.intersection(*(set(trial.metrics) for trial in self.done)))
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -114,49 +102,40 @@ class SweepResults:
         return {pair: one for pair in self.pairs if (one := first.setdefault(ratio(pair), pair)) != pair}
 
     def of(self, pair: Pair) -> list[TrialResult]:
-        """Returns those trials of a pair that are done."""
         return [trial for trial in self.done if trial.settings.pair == pair]
 
     def mean(self, pair: Pair, metric: str) -> float:
-        """Returns the mean of a metric over the seeds of a pair."""
         return float(np.mean([trial.metrics[metric] for trial in self.of(pair)]))
 
+    @cache  # noqa: B019
     def losses(self, metric: str) -> Losses:
-        """Returns a metric of all trials, by row if it is a mean of rows."""
-        if metric not in self._losses:
-            totals, tokens = {}, np.ones(1)
-            for trial in self.done:
-                total = np.array([trial.metrics[metric]])
-                if (rows := read_rows(trial.folder, metric)) is not None:
-                    total, tokens = rows
-                totals[trial.settings.pair, trial.settings.seed] = total
-            self._losses[metric] = Losses(totals, tokens)
-        return self._losses[metric]
+        rows = {(trial.settings.pair, trial.settings.seed): trial.rows(metric) for trial in self.done}
+        return Losses({trial: totals for trial, (totals, _) in rows.items()}, next(iter(rows.values()))[1])
 
     def difference(self, pair: Pair, metric: str) -> Difference | None:
         """Returns a pair minus conventional tuning, on all rows. `None` for that itself, or without a common seed."""
         seeds = {trial.settings.seed for trial in self.of(BASELINE)}
-        if pair == BASELINE or not any(trial.settings.seed in seeds for trial in self.of(pair)):
-            return None
-        return difference(self.losses(metric), pair, BASELINE)
+        is_paired = any(trial.settings.seed in seeds for trial in self.of(pair))
+        return difference(self.losses(metric), pair, BASELINE) if pair != BASELINE and is_paired else None
 
     @cached_property
-    def choice(self) -> Choice:
-        """The best pair."""
+    def choice(self) -> tuple[Pair, Difference | None]:
         if self.of(BASELINE):
             return choose(self.losses(self.metric), BASELINE, self.greater_is_better)
-        best = max if self.greater_is_better else min
-        return Choice(best(self.pairs, key=lambda pair: self.mean(pair, self.metric)), None, False)
+        return self._best(self.pairs, key=lambda pair: self.mean(pair, self.metric)), None
 
     def best_of(self, pair: Pair) -> TrialResult:
-        """Returns the best trial of a pair."""
-        best = max if self.greater_is_better else min
-        return best(self.of(pair), key=lambda trial: trial.metrics[self.metric])
+        return self._best(self.of(pair), key=lambda trial: trial.metrics[self.metric])
+
+    def _is_gain(self, found: Difference) -> bool:
+        return found.is_found and (found.value > 0) == self.greater_is_better
 
     @cached_property
     def best(self) -> TrialResult:
-        """The best trial of the best pair."""
-        return self.best_of(self.choice.pair)
+        """The best trial of the best pair. Where intervals tell of no gain, it is one of conventional tuning."""
+        pair, found = self.choice
+        is_unsure = found is not None and found.half_width is not None and not self._is_gain(found)
+        return self.best_of(BASELINE if is_unsure else pair)
 
     def is_frontier(self, pair: Pair, kept_metric: str) -> bool:
         """Whether no other pair has both losses as low, and one of them lower: the task's, and that of what is kept."""
@@ -190,24 +169,28 @@ class SweepResults:
         return said
 
     def _conclusion(self) -> str:
-        among = f"Among {', '.join(map(name_of, self.pairs))}, for this model, data, budget and metric: "
+        among = f"Among {_names(self.pairs)}, for this model, data, budget and metric: "
         if not self.of(BASELINE):
             return f"{among}nothing can be compared, because no trial of the ratio 0 is done."
-        pair, found = self.choice.pair, self.choice.difference
-        if found is None:
-            others = [self.difference(pair, self.metric) for pair in self.pairs]
-            if any(other is not None and other.is_found for other in others):
-                return f"{among}0 does best on {self.metric}."
-            return f"{among}no difference found."
-        rows = "on the half of the rows that did not choose it" if self.choice.on_other_rows else "on what chose it"
-        change = f"{signed(found)} on {self.metric} against 0, {rows} ({found.seeds} seeds)"
-        if found.half_width is None:
-            return f"{among}{name_of(pair)} did best, {signed(found)} on {self.metric}. One seed gives no interval."
-        if not found.is_found:
-            return f"{among}no difference found. {name_of(pair)} did best: {change}."
-        if (found.value > 0) == self.greater_is_better:
-            return f"{among}{name_of(pair)} does best, {change}."
-        return f"{among}no gain found. {name_of(pair)} did best on the rows that chose it, but {change}."
+        others = {pair: found for pair in self.pairs if (found := self.difference(pair, self.metric))}
+        worse = {pair for pair, found in others.items() if found.is_found and not self._is_gain(found)}
+        best, found = name_of(self.choice[0]), self.choice[1]
+        change = f", {signed(found)} on {self.metric} against 0" if found else ""
+        if any(other.half_width is None for other in others.values()):
+            return f"{among}{best} did best{change}. One seed gives no interval."
+        if found is not None and self._is_gain(found):
+            return f"{among}{best} does best{change} ({found.seeds} seeds)."
+        if others and len(worse) == len(others):
+            return f"{among}0 does best on {self.metric}."
+        said = "no difference found"
+        if worse:
+            rest = _names(others.keys() - worse)
+            said = f"none is found better than 0. Worse: {_names(worse)}; not told apart: {rest}"
+        return f"{among}{said}. {best} did best{change}. So best.yaml has the ratio 0."
+
+
+def _names(pairs: Iterable[Pair]) -> str:
+    return ", ".join(map(name_of, sorted(pairs, key=_order)))
 
 
 def _effect(found: Difference, metric: str) -> str:

@@ -1,9 +1,9 @@
 """Retention: whether a trained model still finds the answers likely that the base model gave."""
 
+import itertools
 from collections.abc import Iterable
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..conversation.chat_template import tokenizer_of
@@ -34,14 +34,9 @@ GENERAL_PROMPTS = (
 
 def prompts_of(rows: Iterable[dict], count: int) -> list[list[int]]:
     """Returns the first prompts as tokens, of rows that have a completion and a prompt of at most 512 tokens."""
-    prompts: list[list[int]] = []
-    for row in rows:
-        length = row["completion_mask"].index(1) if 1 in row["completion_mask"] else 0
-        if 0 < length <= MAX_PROMPT_TOKENS:
-            prompts.append(list(row["input_ids"][:length]))
-        if len(prompts) == count:
-            break
-    return prompts
+    masked = ((row["input_ids"], row["completion_mask"]) for row in rows)
+    prompts = (list(tokens[: mask.index(1)]) for tokens, mask in masked if 1 in mask)
+    return list(itertools.islice((prompt for prompt in prompts if 0 < len(prompt) <= MAX_PROMPT_TOKENS), count))
 
 
 def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -53,15 +48,12 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 
 def can_answer(trainer: WITSFTTrainer) -> bool:
-    """
-    Whether the model of a trainer can answer prompts of text. It cannot in three cases:
-
-    - Ranks share a sequence: their attention knows no padding and no cache.
-    - FSDP1: the parameters are whole only within the forward of its wrapper.
-    - Images: their collator takes no tokens.
-    """
+    """Whether the model of a trainer can answer prompts of text."""
+    # The parameters are whole only within the forward of its wrapper
     is_fsdp1 = trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2
+    # Their collator takes no tokens
     has_images = isinstance(trainer.data_collator, DataCollatorForVisionLanguageWIT)
+    # Attention of ranks that share a sequence knows no padding and no cache
     return not (is_fsdp1 or has_images or trainer.splits_sequences())
 
 
@@ -75,27 +67,10 @@ def answers(trainer: WITSFTTrainer, prompts: list[list[int]]) -> list[list[int]]
     for start in range(0, len(prompts), batch_size):
         rows = {"input_ids": prompts[start : start + batch_size]}
         inputs = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(trainer.args.device)
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        tokens = model.generate(**inputs, **ends, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False, use_cache=True)
         for answer in tokens[:, inputs["input_ids"].size(1) :].tolist():
             end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
             written.append(answer[:end])
     model.train(training)
     return written
-
-
-def retention_rows(prompts: list[list[int]], written: list[list[int]]) -> Dataset:
-    """Returns rows of prompts, with the answers as completions."""
-    pairs = list(zip(prompts, written, strict=True))
-    return Dataset.from_dict(
-        {
-            "input_ids": [prompt + answer for prompt, answer in pairs],
-            "completion_mask": [[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs],
-        }
-    )
