@@ -77,14 +77,22 @@ _checked: WeakSet[torch.nn.Module] = WeakSet()
 @torch.no_grad()
 def check_logits(model: torch.nn.Module, inputs: dict[str, Any], fused_head: str) -> None:
     """
-    Raises `ValueError` if the fused head scores tokens otherwise than the logits of the model. It takes hidden states,
-    output embeddings, and a scale and a soft cap by names that TRL knows: what else a model does, only a comparison
-    tells. This is made at the first call for a model, which all ranks must make. Arguments as in `weighted_forward`.
+    Raises `ValueError` if a token is none of the model's, or if the fused head scores tokens otherwise than the logits
+    of the model. The head takes hidden states, output embeddings, and a scale and a soft cap by names that TRL knows:
+    what else a model does, only a comparison tells. This is made at the first call for a model, which all ranks must
+    make. Arguments as in `weighted_forward`.
     """
     causal_lm = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     if causal_lm in _checked:
         return
-    name = type(causal_lm).__name__
+    name, embeddings = type(causal_lm).__name__, causal_lm.get_input_embeddings()
+    largest = int(inputs["input_ids"].max())
+    if isinstance(embeddings, torch.nn.Embedding) and largest >= embeddings.num_embeddings:
+        raise ValueError(
+            f"The batch has the token {largest}, but `{name}` has {embeddings.num_embeddings} tokens. Tokenize the data "
+            "with the model's own tokenizer, or add the tokens to the model: "
+            "`model.resize_token_embeddings(len(tokenizer))`."
+        )
     labels = inputs["shift_labels" if "shift_labels" in inputs else "labels"]
     # Targets, since the others may stand for images; as many on all ranks, and an even part of a sequence
     tokens = torch.cat([labels[labels != -100], inputs["input_ids"].reshape(-1)])[:8].repeat(8)[None, :8]
