@@ -89,8 +89,8 @@ def check_logits(model: torch.nn.Module, inputs: dict[str, Any], fused_head: str
     largest = int(inputs["input_ids"].max())
     if isinstance(embeddings, torch.nn.Embedding) and largest >= embeddings.num_embeddings:
         raise ValueError(
-            f"The batch has the token {largest}, but `{name}` has {embeddings.num_embeddings} tokens. Tokenize the data "
-            "with the model's own tokenizer, or add the tokens to the model: "
+            f"The batch has the token {largest}, but `{name}` has {embeddings.num_embeddings} tokens. Tokenize the "
+            "data with the model's own tokenizer, or add the tokens to the model: "
             "`model.resize_token_embeddings(len(tokenizer))`."
         )
     labels = inputs["shift_labels" if "shift_labels" in inputs else "labels"]
