@@ -24,7 +24,7 @@ test: .venv/installed
 	touch $@
 
 test-real: .venv/installed-real
-	$(BIN)/pytest --numprocesses 1 -m real
+	$(BIN)/pytest -m real
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from wit_trl import WITSFTConfig, WITSFTTrainer, cli
 from wit_trl.cli import sft
 
 
-pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="session")
