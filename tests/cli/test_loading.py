@@ -108,6 +108,16 @@ def test_broken_file_is_named_with_the_line(form, name, content, message, folder
         list(load_data(script, mixture)["train"])
 
 
+@pytest.mark.parametrize("content", [b'\xef\xbb\xbf{"a": 1}\n{"a": 2}', b'{\n "a": 1\n}\n{\n "a": 2\n}\n'])
+def test_error_of_another_kind_stays_as_it_is_where_the_file_is_json(content, folder):
+    (folder / "a.jsonl").write_bytes(content)
+    with (
+        pytest.raises(ValueError, match=r"^another$"),
+        errors_of_data(ScriptArguments("a.jsonl"), DatasetMixtureConfig()),
+    ):
+        raise ValueError("another")
+
+
 def test_error_of_another_kind_stays_as_it_is(folder):
     with pytest.raises(UnicodeDecodeError), errors_of_data(ScriptArguments("rows1.jsonl"), DatasetMixtureConfig()):
         b"\xff".decode()

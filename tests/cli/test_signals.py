@@ -61,7 +61,7 @@ def launched(tmp_path, monkeypatch):
 
 
 def wait_until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "too late"
         time.sleep(0.05)

@@ -8,9 +8,11 @@ import pytest
 from wit_trl.conversation.messages import read_messages
 from wit_trl.conversation.rendering import logger
 from wit_trl.conversation.template_memory import TemplateMemory
+from wit_trl.conversation.tool_calls import null_arguments
 from wit_trl.conversation.turns import Conversation
 
 from .conftest import CALLS, TEMPLATES, TOOLS
+from .test_turns import spans
 
 
 pytestmark = pytest.mark.xdist_group("conversation")
@@ -179,3 +181,29 @@ def test_tool_result_that_is_left_out_is_refused_though_its_text_is_elsewhere(te
     messages = conversation_with({"x": 3})
     with pytest.raises(ValueError, match=r"leaves out turn 2 \(tool\), which ends in '3'"):
         Conversation(read(messages), template_tokenizer, template, {})
+
+
+def test_text_that_quotes_the_arguments_in_the_form_of_python(render):
+    messages = conversation_with({"x": "a"})
+    messages[0] = {"role": "user", "content": "Call f0 with {'x': 'a'}"}
+    assert '"arguments": {"x": "a"}' in render("qwen2_5", read(messages)).text
+
+
+@pytest.mark.parametrize("call", [None, "f0", {"function": None, "name": "f0", "arguments": {}}, {"function": "f0"}])
+def test_calls_that_nobody_checked_have_no_null_arguments(call):
+    assert [*null_arguments([None, {"tool_calls": [call]}, {"tool_calls": "[]"}])] == []
+    known = {"name": "f0", "arguments": {"x": None}}
+    assert [*null_arguments([{"tool_calls": [{"function": None, **known}]}])] == [(0, "f0", "x")]
+
+
+def test_turn_ends_inside_an_added_token(template_tokenizer):
+    template_tokenizer.add_tokens(["\n", "\n\n"])
+    template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "\nHi"}]
+    conversation = Conversation(messages, template_tokenizer, template, {})
+    input_ids = conversation.tokenize()["input_ids"]
+    (answer,) = spans(template_tokenizer, input_ids, conversation.assistant_masks(input_ids))
+    assert answer.strip() == "Hi<|im_end|>"

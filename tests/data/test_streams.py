@@ -44,6 +44,15 @@ def test_endless_stream_without_a_target_is_refused(max_length, make_model, toke
     config_kwargs |= {"max_length": max_length}
     args = WITSFTConfig(prompt_loss_weight=0, completion_loss_weight=1, **config_kwargs)
     with pytest.raises(
-        ValueError, match=r"None of the first 1,000 rows of the train dataset has a token left.* shuffle"
+        ValueError, match=r"None of the first 10,000 rows of the train dataset has a token left.* shuffle"
     ):
         WITSFTTrainer(model=make_model(), args=args, train_dataset=stream, processing_class=tokenizer)
+
+
+def test_stream_shorter_than_an_accumulation_is_refused(make_model, tokenizer, config_kwargs):
+    rows = [{"prompt": f"What is {number}?", "completion": f"It is {number}."} for number in range(6)]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    arguments = WITSFTConfig(**config_kwargs | {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 2})
+    trainer = WITSFTTrainer(model=make_model(), args=arguments, train_dataset=stream, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="The stream has 3 batches on this process, too few for a step of"):
+        trainer.train()

@@ -234,7 +234,7 @@ def test_names_in_the_data_are_printed_as_they_are(messages, trainer_on, capsys,
     trainer.train()
     output = capsys.readouterr().out
     for name in names:
-        assert f"weight of the role {name!a}" in output
+        assert f"weight of the role {repr(name)[1:-1]}" in output
 
     def weight_report():
         raise ValueError("\x1b[31m[/x]")

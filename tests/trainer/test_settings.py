@@ -55,7 +55,9 @@ def test_setting_that_is_changed_in_the_middle_of_a_training_is_refused(rows, ma
     assert trainer.state.global_step == 1
 
 
-@pytest.mark.parametrize("arguments", [{}, {"loss_type": "dft"}, {"assistant_only_loss": True}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"loss_type": "dft"}, {"assistant_only_loss": True, "prompt_loss_weight": 0}]
+)
 def test_arguments_of_the_trainer_are_those_that_were_passed(arguments, messages, make_model, tokenizer, config_kwargs):
     args = WITSFTConfig(**config_kwargs, **arguments)
     before = args.to_dict()

@@ -16,7 +16,10 @@ _MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspe
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs `wit-trl`. `args` are the arguments after it, by default those of the process."""
-    args = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        args = sys.argv[1:]
+        # The training runs in other processes. PEFT takes seconds to import, and bitsandbytes says something each time
+        sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
     parser = argparse.ArgumentParser(
         prog="wit-trl", description="Weighted Instruction Tuning for TRL.", allow_abbrev=False
     )
@@ -34,8 +37,6 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars would fill a file with escapes
-    # The training runs in other processes. PEFT takes seconds to import, and bitsandbytes says something each time
-    sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
     importlib.import_module(f"wit_trl.{_MODULES[given.command]}").main(args[1:])
 
 
@@ -48,5 +49,6 @@ def end_with_launcher() -> None:
             time.sleep(1)
         os._exit(1)
 
-    if launcher:
+    # Else other launchers are in between, which end their processes themselves. 1 adopts orphans
+    if launcher and os.getppid() in (launcher, 1):
         threading.Thread(target=watch, daemon=True).start()

@@ -216,6 +216,8 @@ class _Parser(TrlParser):
                 given[name] = value
             elif value in (None, []) or (values is value and action.nargs != "+") or isinstance(values[0], dict | list):
                 given[name] = value  # no text on the command line says the same
+            elif isinstance(value, bool) and action.const is True and not action.choices:
+                given[name] = value
             else:
                 if value is False and "no" in (action.choices or ()):
                     values = ["no"]  # which YAML reads as false

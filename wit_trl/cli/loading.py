@@ -126,10 +126,12 @@ def _check_text(path: Path) -> None:
         return
     with fsspec.open(str(path), compression="infer") as file:
         content = file.read()
+    if loader == "json" and _is_json(content):
+        return
     lines = [content] if content.lstrip()[:1] == b"[" else content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            text = line.decode()
+            text = line.decode("utf-8-sig")
             if loader == "json" and text.strip():
                 json.loads(text)
         except UnicodeDecodeError as error:
@@ -138,6 +140,20 @@ def _check_text(path: Path) -> None:
         except json.JSONDecodeError as error:
             number += error.lineno - 1
             raise ValueError(f"{path}, line {number}: this is not JSON ({error.msg}, column {error.colno}).") from error
+
+
+def _is_json(content: bytes) -> bool:
+    """Whether a file holds values of JSON, one after another."""
+    decoder, position = json.JSONDecoder(), 0
+    try:
+        text = content.decode("utf-8-sig").rstrip()
+        while position < len(text):
+            while text[position].isspace():
+                position += 1
+            _, position = decoder.raw_decode(text, position)
+    except ValueError:
+        return False
+    return True
 
 
 def select_splits(

@@ -78,7 +78,7 @@ class RenderedConversation:
             return self.render(self.messages)
         try:
             text = self.render(self.messages)
-            if not is_written_as_python(self.messages, text):
+            if not is_written_as_python(self.messages, text, self.render):
                 return text
         except ValueError:
             text = None

@@ -105,8 +105,8 @@ class TokenPositions:
         ):  # there is no added token before it, or it is none here
             position, tokens = 0, self._tokenize_beginning(character, turns)
         common = common_prefix_length(tokens, self._input_ids[position : position + len(tokens)])
-        # Only what follows the last added token may be tokenized otherwise when more text follows
-        certain = max(self._tokens.added(tokens), default=-1) + 1
+        # Only the last token, and what follows an added one, may be tokenized otherwise when more text follows
+        certain = max(self._tokens.added(tokens[:-1]), default=-1) + 1
         if common < min(certain, self.count - position):
             raise ValueError(
                 "the first turns alone have other tokens than in the whole conversation, so their turns cannot be "

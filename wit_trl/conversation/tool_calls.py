@@ -9,6 +9,9 @@ from trl.trainer.utils import remove_none_values
 from .messages import Messages
 
 
+_PROBE = {"\ue000": "\ue001"}  # of private use, so that no text has them
+
+
 def read_tools(tools: Any) -> list[Any] | None:
     """Returns the tools of a row, which may be JSON, as a list without the nulls that Arrow adds. `None` for none."""
     tools = _parse_json(tools or "[]", "`tools`") if isinstance(tools, str | None) else remove_none_values(tools)
@@ -31,14 +34,13 @@ def arguments_as_texts(messages: Messages) -> Messages:
     )
 
 
-def is_written_as_python(messages: Messages, text: str) -> bool:
+def is_written_as_python(messages: Messages, text: str, render: Callable[[Messages], str]) -> bool:
     """Whether a template writes the arguments of a call in Python's form, which is not JSON."""
     of_calls = (function_of(call).get("arguments") for message in messages for call in calls_of(message))
-    return any(
-        str(arguments) in text and str(arguments) != json.dumps(arguments, ensure_ascii=False)
-        for arguments in of_calls
-        if arguments
-    )
+    if not any(str(arguments) in text for arguments in of_calls if arguments):
+        return False
+    # The text may have it elsewhere, so a probe tells
+    return str(_PROBE) in render(_convert_arguments(messages, lambda _: _PROBE))
 
 
 def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,17 +50,17 @@ def calls_of(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 def function_of(call: dict[str, Any]) -> dict[str, Any]:
     """Returns the name and the arguments of a call, which stand in a `function` or in the call itself."""
-    return call.get("function", call)
+    return call.get("function") or call
 
 
 def null_arguments(messages: Messages) -> Iterator[tuple[int, Any, str]]:
     """Yields the turn, the function and the name of every argument that is null, of messages that nobody checked."""
     for turn, message in enumerate(messages):
-        calls = message.get("tool_calls") if message else None
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
         for call in calls if isinstance(calls, list) else ():
-            function = function_of(call) if call else {}
-            arguments = function.get("arguments")
-            if isinstance(arguments, dict):
+            function = function_of(call) if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(function, dict) and isinstance(arguments, dict):
                 yield from ((turn, function.get("name"), key) for key, value in arguments.items() if value is None)
 
 

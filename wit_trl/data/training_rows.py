@@ -21,6 +21,7 @@ from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
 
 logger = get_logger(__name__)
 
+_ROWS_WITHOUT_TARGET = 10_000  # of a stream, which may have no end, before it is refused
 _TOKEN_COLUMNS = ["input_ids", "completion_mask", "token_weights"]
 
 
@@ -113,7 +114,7 @@ def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparat
     Raises `ValueError` if no row has a target, or if truncation takes every completion.
 
     It reads rows until one has a target and one keeps its completion. A stream may have no end, so both are looked for
-    in its first rows only.
+    in its first rows only: a completion in fewer of them.
     """
     args = preparation.args
     has_target, lost, keeps_completion = False, False, args.completion_loss_weight == 0
@@ -126,11 +127,11 @@ def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparat
         has_target = has_target or any(row[region] for region in regions)
         if has_target and keeps_completion:
             return
-        if is_long_stream:
+        if isinstance(rows, IterableDataset) and number == _ROWS_WITHOUT_TARGET:
             raise ValueError(
-                f"None of the first {STREAMED_ROWS:,} rows of the {preparation.dataset_name} dataset has a token left "
-                f"to train on: {_truncation(rows, args)}. Raise `max_length`, give the other region a weight, look for "
-                "weights of 0 in the data, or shuffle the stream if later rows have some."
+                f"None of the first {_ROWS_WITHOUT_TARGET:,} rows of the {preparation.dataset_name} dataset has a "
+                f"token left to train on: {_truncation(rows, args)}. Raise `max_length`, give the other region a "
+                "weight, look for weights of 0 in the data, or shuffle the stream if later rows have some."
             )
     if lost and not keeps_completion:
         raise ValueError(

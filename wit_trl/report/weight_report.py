@@ -126,7 +126,7 @@ class WeightReport:
         least, most = self.data_weights
         facts.add_row("weights in the data", "none" if least == most == 1 else f"{least:g} to {most:g}")
         for role, weight in self.structure.role_loss_weights.items():
-            facts.add_row(Text(f"weight of the role {role!a}"), f"{weight:g}")
+            facts.add_row(Text(f"weight of the role {repr(role)[1:-1]}"), f"{weight:g}")
         if self.structure.chat_template_loss_weight != 1:
             facts.add_row("weight of what the template writes", f"{self.structure.chat_template_loss_weight:g}")
         if self.structure.completion_turns != "all":

@@ -176,7 +176,8 @@ class SweepResults:
         worse = {pair for pair, found in others.items() if found.is_found and not self._is_gain(found)}
         best, found = name_of(self.choice[0]), self.choice[1]
         change = f", {signed(found)} on {self.metric} against 0" if found else ""
-        if any(other.half_width is None for other in others.values()):
+        of_choice = [found] if found else [*others.values()]
+        if of_choice and all(each.half_width is None for each in of_choice):
             return f"{among}{best} did best{change}. One seed gives no interval."
         if found is not None and self._is_gain(found):
             return f"{among}{best} does best{change} ({found.seeds} seeds)."

@@ -83,7 +83,14 @@ class SweepStudy:
                     "--output_dir, or repeat the flags that it was started with."
                 )
             if changed:  # an earlier start measured the base, and came to no trial
-                shutil.rmtree(folder / "base", ignore_errors=True)
+                try:
+                    with FileLock(folder / "base.lock", timeout=0):
+                        shutil.rmtree(folder / "base", ignore_errors=True)
+                except Timeout as error:
+                    raise ValueError(
+                        f"Another worker measures the model in {folder}, with another {', '.join(changed)}. Choose "
+                        "another folder with --output_dir, or repeat its flags."
+                    ) from error
             self._study.set_user_attr("settings", settings)
 
     @contextlib.contextmanager

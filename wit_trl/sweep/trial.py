@@ -33,6 +33,7 @@ from .retention import answers, can_answer, general_prompts, prompts_of
 
 TRIAL_TYPES = (SweepArguments, *TRAINING_TYPES)
 SHOWN_PROMPTS = 3  # number of prompts whose answers the report shows
+_MODEL_FILES = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")  # and not a README, or logs
 STEP = "step: "  # begins the lines of the log that say what a trial is at
 REFUSAL = "refusal.txt"  # why a trial, and with it the sweep, does not go on
 
@@ -56,7 +57,10 @@ def end_with_sweep() -> None:
 
 
 def metric_function(name: str) -> Callable[[WITSFTTrainer], float]:
-    """Returns the function that `module:function` or `file.py:function` names. Raises `ValueError` if there is none."""
+    """
+    Returns the function that `file.py:function` names, or `module:function` of an installed module. Raises `ValueError`
+    if there is none.
+    """
     module, _, function = name.rpartition(":")
     if module.endswith(".py") and not Path(module).is_file():
         raise ValueError(f"--metric is {name}, but there is no file {module}.")
@@ -91,7 +95,9 @@ def fingerprints(arguments: Arguments, trainer: WITSFTTrainer, sets: Mapping[str
     folder = Path(model.model_name_or_path)
     if not folder.is_dir():  # it is in the cache of the Hub
         folder = Path(snapshot_download(str(folder), revision=model.model_revision, local_files_only=True))
-    parts["model"] = (file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file())
+        parts["model"] = [folder.name.encode()]  # the commit
+    else:
+        parts["model"] = (_digest(file) for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES)
     parts["chat template"] = [str(tokenizer_of(trainer.processing_class).chat_template).encode()]
     hashes = {name: hashlib.sha256() for name in parts}
     for name, contents in parts.items():
@@ -100,9 +106,14 @@ def fingerprints(arguments: Arguments, trainer: WITSFTTrainer, sets: Mapping[str
     return {name: found.hexdigest() for name, found in hashes.items()}
 
 
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def check_fingerprints(found: dict[str, str], folder: Path) -> None:
     """Raises `ValueError` if the base was measured with something else, and writes it for the worker to read."""
-    known = json.loads((folder.parent / "base" / "result.json").read_text())["fingerprints"]
+    known = json.loads((folder.parent / "base" / "result.json").read_text()).get("fingerprints", found)
     if changed := [name for name in found if found[name] != known.get(name)]:
         refusal = (
             f"The {' and the '.join(changed)} changed since the sweep in {folder.parent} began: its trials would not "

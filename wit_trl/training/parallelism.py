@@ -117,6 +117,11 @@ class ParallelMixin(Trainer):
         """
         batches = [*self._left_over, *itertools.islice(epoch_iterator, num_batches - len(self._left_over))]
         self._left_over = batches if len(batches) < num_batches else []
+        if self._left_over and self.state.global_step == 0:
+            raise ValueError(
+                f"The stream has {len(batches)} batches on this process, too few for a step of "
+                f"`gradient_accumulation_steps={num_batches}`. Lower that, or `per_device_train_batch_size`."
+            )
         return ([], None) if self._left_over else (batches, self._get_num_items_in_batch(batches, device))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
