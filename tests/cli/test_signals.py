@@ -33,6 +33,7 @@ time.sleep(100)
 
 def run_launcher(args):
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` around the tests would have it ignore
     with Path("stderr").open("w") as file, contextlib.redirect_stderr(file):
         launch.main(["--use_cpu", *args], "training")
 
