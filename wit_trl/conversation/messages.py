@@ -39,6 +39,8 @@ def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     Returns a message without what is null in it, at any depth. Arrow adds a null for each key that only other rows
     have. A template would write it.
     """
+    if all(isinstance(value, str) for value in message.values()):  # most messages
+        return message
     cleaned = remove_none_values(message)
     if not cleaned.get("tool_calls", True):  # an empty list, of which some templates write a header
         del cleaned["tool_calls"]

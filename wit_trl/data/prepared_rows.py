@@ -43,7 +43,9 @@ def text_of(example: dict[str, Any]) -> slice:
     Raises:
         `ValueError`: the mask keeps no token, or leaves one out between others.
     """
-    mask = np.asarray(example.get("attention_mask", 1))
+    if "attention_mask" not in example:
+        return slice(None)
+    mask = np.asarray(example["attention_mask"])
     if mask.all():
         return slice(None)
     positions = np.flatnonzero(mask)
