@@ -341,10 +341,10 @@ def test_template_whose_marks_leave_out_the_answer_is_refused(llava):
 
 
 def test_image_in_each_turn_gives_the_same_answers_or_is_refused(name, family, processor):
-    content = lambda text: [{"type": "image"}, {"type": "text", "text": text}]  # noqa: E731
     messages = turns(ANSWERS[0])
     for turn in (0, 2):
-        messages[turn] = {**messages[turn], "content": content(messages[turn]["content"])}
+        text = {"type": "text", "text": messages[turn]["content"]}
+        messages[turn] = {**messages[turn], "content": [{"type": "image"}, text]}
     example = {"messages": messages, "images": [picture(30, 40), picture(40, 20)]}
     collator = DataCollatorForVisionLanguageWIT(processor)
     if name == "llava_onevision":
