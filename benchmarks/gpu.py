@@ -1,68 +1,81 @@
 """
-What `speed.py --device cuda` runs: the head against float64, then times and memory of head and training step.
+The LM head and the training step on a GPU: against float64, then time and memory, side by side in one run:
 
-All contenders run in one process, one after another on the same data, since a GPU's allocator tells the peak of each.
-Nothing here was run on a GPU so far.
+    python benchmarks/gpu.py [--output runs/gpu] [--minutes 10]
+
+Each contender runs in a process of its own, this package first. A process that crashes or lacks a package costs the
+case it was in. `gpu.json` is written after every case, and a summary is printed at the end. The head needs torch and
+Triton alone; TRL's head, and the steps, need the packages of `setup.cfg`; `liger` and `cce` need `liger-kernel` and
+`cut-cross-entropy`. Ends with status 1 if the head of this package is wrong.
 """
 
-import itertools
+import argparse
+import collections
 import json
+import platform
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from contenders import loss_function
-from datasets import Dataset
-from peft import LoraConfig
-from tokenizers import Tokenizer, models
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    TrainerCallback,
-    set_seed,
-)
-from trl import SFTConfig, SFTTrainer
+from contenders import SELECTING, loss_function
 
-from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl.check.kernels import HEAD_CASES, LIMITS, head_errors, head_inputs
+from wit_trl.loss import one_pass
 
 
-HEAD_CONTENDERS = ("products", "wit_trl", "trl", "liger", "cce", "full_logits")
-# Tokens, hidden size, vocabulary, share of tokens of weight zero, frozen head
-HEAD_CASES = list(itertools.product((8192, 2048), (2048, 4096), (128256, 151936), (0.5, 0.0), (False, True)))
-MODELS = {
-    "Llama-3.2-1B": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
-            tie_word_embeddings=True,
-        )
-    ),
-    "Qwen2.5-0.5B": lambda: Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=151936,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-    ),
+# name: (tokens, hidden size, vocabulary)
+CHECKED_SIZES = {"odd sizes": (61, 96, 1501), "Llama-3.2-1B": (60, 2048, 128256)}
+# name: (tokens, hidden size, vocabulary, share of tokens of weight zero, frozen head, soft cap)
+TIMED_HEADS = {
+    "Llama-3.2-1B, half of 8192": (8192, 2048, 128256, 0.5, False, None),
+    "Llama-3.2-1B, all of 8192": (8192, 2048, 128256, 0.0, False, None),
+    "Llama-3.2-1B, half of 8192, frozen": (8192, 2048, 128256, 0.5, True, None),
+    "Llama-3.2-1B, half of 1024": (1024, 2048, 128256, 0.5, False, None),
+    "Llama-3.1-8B, half of 8192": (8192, 4096, 128256, 0.5, False, None),
+    "Llama-3.1-8B, half of 8192, frozen": (8192, 4096, 128256, 0.5, True, None),
+    "Qwen2.5-0.5B, half of 8192": (8192, 896, 151936, 0.5, False, None),
+    "Gemma-2-2B, half of 8192": (8192, 2304, 256000, 0.5, False, 30.0),
 }
-STEP_CASES = list(itertools.product(MODELS, (0.0, 0.2), (False, True)))  # with the prompt's weight, and with LoRA
-SEQUENCE, BATCH = 1024, 4
+LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+# name: (kind of model, its configuration, weight of the prompt, LoRA); the weight of the completion is 1
+STEPS = {
+    "step, Llama-3.2-1B, λp = 0": ("llama", LLAMA, 0.0, False),
+    "step, Llama-3.2-1B, λp = 0.2": ("llama", LLAMA, 0.2, False),
+    "step, Llama-3.2-1B, λp = 0.2, LoRA": ("llama", LLAMA, 0.2, True),
+    "step, Qwen2.5-0.5B, λp = 0.2": ("qwen2", QWEN, 0.2, False),
+}
+SEQUENCE, BATCH, WARM_UP = 1024, 4, 3
+RESULT = "result:"  # before each line of a worker
+# What runs, in this order
+JOBS = (
+    *(("check", "wit_trl"), ("head", "wit_trl"), ("head", "products"), ("check", "trl"), ("head", "trl")),
+    *(("step", "wit_trl"), ("step", "trl"), ("head", "liger"), ("head", "cce"), ("head", "original")),
+    ("step", "wit_trl, fused_head=trl"),
+)
 
 
 def synchronize(device: str) -> None:
@@ -70,14 +83,19 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
+def peak_memory(device: str) -> float:
+    """Returns the most MiB that were allocated since the last reset, or 0 where nobody counts."""
+    return torch.accelerator.max_memory_allocated() / 2**20 if device != "cpu" else 0.0
+
+
 def measured(call: Callable[[], None], device: str, repeats: int) -> dict[str, float]:
     """Returns the median seconds of a call, and its peak memory in MiB, without what was allocated before."""
     call()  # compiles
-    before = 0
+    before = 0.0
     if device != "cpu":
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
+        before = peak_memory(device)
     seconds = []
     for _ in range(repeats):
         synchronize(device)
@@ -85,213 +103,249 @@ def measured(call: Callable[[], None], device: str, repeats: int) -> dict[str, f
         call()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    peak = torch.accelerator.max_memory_allocated() if device != "cpu" else 0
-    return {"seconds": statistics.median(seconds), "MiB": (peak - before) / 2**20, "all_seconds": seconds}
+    return {"seconds": statistics.median(seconds), "MiB": peak_memory(device) - before, "all_seconds": seconds}
 
 
-def head_inputs(device: str, tokens: int, hidden_size: int, vocab: int, zero_share: float, frozen: bool, dtype):
-    torch.manual_seed(0)
-    hidden = torch.randn(tokens, hidden_size, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, hidden_size, device=device) / hidden_size**0.5).to(dtype).requires_grad_(not frozen)
-    targets = torch.randint(vocab, (tokens,), device=device)
-    token_weights = (torch.arange(tokens, device=device) % 2 >= 2 * zero_share).float() * 0.8
-    return hidden, weight, targets, token_weights
-
-
-def head_call(contender: str, device: str, *case) -> Callable[[], None]:
-    """Returns a function that runs head and loss once, forward and backward."""
-    hidden, weight, targets, token_weights = head_inputs(device, *case, torch.bfloat16)
-    index = token_weights.nonzero().squeeze(1)
-    if contender == "products":
-
-        def products():
-            with torch.no_grad():
-                kept = hidden[index]
-                logits = kept @ weight.t()
-                logits @ weight
-                if weight.requires_grad:
-                    logits.t() @ kept
-
-        return products
-    loss = loss_function("original" if contender == "full_logits" else contender, device)
-    # TRL gives only the weighted tokens to its kernel, and the kernels of others take no weights
-    rows = index if contender in ("trl", "liger", "cce") else slice(None)
-
-    def call():
-        loss(hidden[rows], weight, targets[rows], token_weights[rows], len(index)).backward()
-        hidden.grad = weight.grad = None
-
-    return call
-
-
-def check(device: str, *case) -> None:
-    """Ends the program if the head is wrong: in float32 against float64, in bfloat16 against the error of TRL's."""
-    print(f"{'check against float64':32}{'loss':>10}{'hidden states':>16}{'head':>10}")
-    errors = {}
-    for dtype, contender in itertools.product((torch.float32, torch.bfloat16), ("wit_trl", "trl")):
-        inputs = head_inputs(device, *case, dtype)
-        hidden, weight = (x.detach().double().requires_grad_() for x in inputs[:2])
-        nll = F.cross_entropy(hidden @ weight.t(), inputs[2], reduction="none")
-        expected = (nll * inputs[3]).sum() / inputs[3].count_nonzero()
-        expected.backward()
-        loss = loss_function(contender, device)(*inputs, inputs[3].count_nonzero())
-        loss.backward()
-        pairs = ((loss, expected), (inputs[0].grad, hidden.grad), (inputs[1].grad, weight.grad))
-        found = [(torch.linalg.norm(a.double() - b) / torch.linalg.norm(b)).item() for a, b in pairs]
-        errors[dtype, contender] = found
-        print(f"{f'{contender}, {dtype}':32}{found[0]:10.1e}{found[1]:16.1e}{found[2]:10.1e}", flush=True)
-    wrong = max(errors[torch.float32, "wit_trl"]) > 1e-5
-    of_trl = errors[torch.bfloat16, "trl"]
-    # A GPU may round the parts of a long sum to bfloat16
-    wrong |= any(a > 2 * b + 1e-3 for a, b in zip(errors[torch.bfloat16, "wit_trl"], of_trl, strict=True))
-    if wrong:
-        raise SystemExit("The head is wrong on this device: nothing is timed.")
-
-
-class Clock(TrainerCallback):
-    """The seconds of each training step."""
-
-    def __init__(self, device: str):
-        self.device, self.seconds = device, []
-
-    def on_step_begin(self, *args, **kwargs):
-        synchronize(self.device)
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-        synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self.start)
-
-
-def train(contender: str, device: str, make_model, weights: tuple[float, float], steps: int, **arguments):
-    """Trains on random rows, half of them prompt. Returns the seconds of the steps, and the trainer."""
-    set_seed(arguments.get("seed", 0))
-    model = make_model().to(torch.bfloat16)
-    vocab = model.config.vocab_size
-    generator = torch.Generator().manual_seed(1)
-    rows = [
-        {
-            # Of few tokens, so that there is something to learn
-            "input_ids": torch.randint(2, min(vocab, 1000), (SEQUENCE,), generator=generator).tolist(),
-            "completion_mask": [0] * (SEQUENCE // 2) + [1] * (SEQUENCE - SEQUENCE // 2),
-        }
-        for _ in range(BATCH * 8)
-    ]
-    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    peft_config = arguments.pop("peft_config", None)
-    kwargs = {
-        "output_dir": tempfile.mkdtemp(),
-        "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
-        "bf16": device != "cpu",
-        "use_cpu": device == "cpu",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        **arguments,
-    }
-    clock = Clock(device)
+def check(contender: str, device: str) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Yields names of cases, and what returns the errors of a head in each, with what they may be."""
     if contender == "wit_trl":
-        prompt, completion = weights
-        args = WITSFTConfig(
-            prompt_loss_weight=prompt,
-            completion_loss_weight=completion,
-            fused_head="one_pass",
-            print_weight_report=False,
-            **kwargs,
-        )
-        trainer_class = WITSFTTrainer
+        kernel = one_pass.weighted_nll
     else:
-        args, trainer_class = SFTConfig(completion_only_loss=weights[0] == 0, **kwargs), SFTTrainer
-    trainer = trainer_class(
-        model,
-        args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
-        peft_config=peft_config,
-        callbacks=[clock],
-    )
-    trainer.train()
-    return clock.seconds, trainer
+        from wit_trl.loss.functions import _weighted_nll_of_trl as kernel
+
+    for size_name, sizes in CHECKED_SIZES.items():
+        for dtype, limit in LIMITS.items():
+            for case in HEAD_CASES:
+
+                def run(case=case, dtype=dtype, limit=limit, sizes=sizes):
+                    errors = head_errors(kernel, case, device, dtype, *sizes)
+                    return {"errors": errors, "limit": limit, "is_right": all(e <= limit for e in errors.values())}
+
+                yield f"{size_name}, {str(dtype).removeprefix('torch.')}, {case.name}", run
 
 
-def step(contender: str, device: str, make_model, prompt_loss_weight: float, lora: bool, repeats: int):
-    """Returns the median seconds and the peak memory of a training step. The first three steps warm up."""
-    peft_config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    if device != "cpu":
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
-    seconds, _ = train(contender, device, make_model, (prompt_loss_weight, 0.8), repeats + 3, peft_config=peft_config)
-    peak = torch.accelerator.max_memory_allocated() if device != "cpu" else 0
-    return {"seconds": statistics.median(seconds[3:]), "MiB": peak / 2**20, "all_seconds": seconds[3:]}
+def head(contender: str, device: str, repeats: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Yields names of cases, and what measures a forward and backward pass of head and loss in each."""
+    for name, (tokens, hidden_size, vocabulary, zero_share, frozen, softcap) in TIMED_HEADS.items():
+
+        def run(sizes=(tokens, hidden_size, vocabulary, zero_share), frozen=frozen, softcap=softcap):
+            hidden, weight, _, targets, token_weights = head_inputs(device, torch.bfloat16, *sizes)
+            index = token_weights.nonzero().squeeze(1)
+            if contender == "products":
+                kept = hidden[index]
+
+                def call():
+                    logits = kept @ weight.t()
+                    logits @ weight
+                    if not frozen:
+                        logits.t() @ kept
+
+            else:
+                hidden.requires_grad_()
+                weight.requires_grad_(not frozen)
+                loss = loss_function(contender, device, softcap)
+                # TRL gives only the weighted tokens to its kernel
+                rows = index if contender in (*SELECTING, "trl") else slice(None)
+
+                def call():
+                    loss(hidden[rows], weight, targets[rows], token_weights[rows], len(index)).backward()
+                    hidden.grad = weight.grad = None
+
+            return measured(call, device, repeats)
+
+        yield name, run
 
 
-def compare(case: str, contenders: tuple[str, ...], measure: Callable[[str], dict]) -> dict[str, dict]:
-    """Measures contenders, and prints them with their ratios to this package."""
-    results = {}
-    for contender in contenders:
-        try:
-            results[contender] = measure(contender)
-        except Exception as error:  # whatever a kernel raises: it is not installed, or out of memory
-            print(f"{case:56}{contender:12}did not run: {(repr(error).splitlines())[0][:60]}", flush=True)
-    own = results.get("wit_trl", {"seconds": float("nan"), "MiB": float("nan")})
-    for contender, result in results.items():
-        ratios = result["seconds"] / own["seconds"], result["MiB"] / max(own["MiB"], 1)
-        print(
-            f"{case:56}{contender:12}{1000 * result['seconds']:10.2f}{result['MiB']:9.0f}"
-            f"{ratios[0]:16.2f}{ratios[1]:18.2f}",
-            flush=True,
+def step(contender: str, device: str, repeats: int) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Yields names of cases, and what trains in each: on random rows, half of them prompt."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from wit_trl import WITSFTConfig, WITSFTTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.seconds = []
+
+        def on_step_begin(self, *args, **kwargs):
+            synchronize(device)
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            synchronize(device)
+            self.seconds.append(time.perf_counter() - self.start)
+
+    for name, (kind, config, prompt_loss_weight, lora) in STEPS.items():
+
+        def run(kind=kind, config=config, prompt_loss_weight=prompt_loss_weight, lora=lora):
+            torch.manual_seed(0)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=torch.bfloat16)
+            generator = torch.Generator().manual_seed(1)
+            rows = [
+                {
+                    # Of few tokens, so that there is something to learn
+                    "input_ids": torch.randint(
+                        2, min(model.vocab_size, 1000), (SEQUENCE,), generator=generator
+                    ).tolist(),
+                    "completion_mask": [0] * (SEQUENCE // 2) + [1] * (SEQUENCE - SEQUENCE // 2),
+                }
+                for _ in range(BATCH * 8)
+            ]
+            tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+            kwargs = {
+                "output_dir": tempfile.mkdtemp(),
+                "max_steps": repeats + WARM_UP,
+                "per_device_train_batch_size": BATCH,
+                "bf16": False,  # the model is in bfloat16 itself
+                "use_cpu": device == "cpu",
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "logging_steps": 1,
+            }
+            if contender == "trl":
+                args, trainer_class = SFTConfig(completion_only_loss=prompt_loss_weight == 0, **kwargs), SFTTrainer
+            else:
+                fused_head = "one_pass" if contender == "wit_trl" else "trl"
+                args = WITSFTConfig(
+                    prompt_loss_weight=prompt_loss_weight, fused_head=fused_head, print_weight_report=False, **kwargs
+                )
+                trainer_class = WITSFTTrainer
+            clock = Clock()
+            trainer = trainer_class(
+                model,
+                args,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=PreTrainedTokenizerFast(
+                    tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+                ),
+                peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+                callbacks=[clock],
+            )
+            if device != "cpu":
+                torch.accelerator.reset_peak_memory_stats()
+            trainer.train()
+            return {
+                "seconds": statistics.median(clock.seconds[WARM_UP:]),
+                "MiB": peak_memory(device),
+                "all_seconds": clock.seconds,
+                "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+            }
+
+        yield name, run
+
+
+def work(kind: str, contender: str, device: str, repeats: int, first: int, last: int | None) -> None:
+    """Runs cases in this process. Prints a line of JSON before the first one, and after each."""
+    if kind == "check":
+        cases = [*check(contender, device)]
+    else:
+        cases = [*(head if kind == "head" else step)(contender, device, repeats)]
+    print(RESULT, json.dumps({"cases": [name for name, _ in cases]}), flush=True)
+    for name, run in cases[first:last]:
+        print(RESULT, json.dumps({"case": name, **run()}), flush=True)
+
+
+def run_job(arguments: list[str], contender: str, kind: str, deadline: float) -> Iterator[tuple[str, dict]]:
+    """Yields the names of cases with their results, as they come from processes, or with the reason of a failure."""
+    names: list[str] | None = None
+    done = 0
+    while names is None or done < len(names):
+        # A step in a process of its own, so that none holds what another measures
+        last = ["--last", str(done + 1)] if kind == "step" else []
+        command = [sys.executable, __file__, *arguments, "--worker", kind, contender, "--first", str(done), *last]
+        with tempfile.TemporaryFile("w+") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            timer = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
+            timer.daemon = True
+            timer.start()
+            for line in process.stdout:
+                if not line.startswith(RESULT):
+                    continue  # what a library prints
+                result = json.loads(line.removeprefix(RESULT))
+                if "cases" in result:
+                    names = result["cases"]
+                else:
+                    done += 1
+                    yield result.pop("case"), result
+            status = process.wait()
+            timer.cancel()
+            stderr.seek(0)
+            reason = stderr.read().strip()[-4000:] or f"exit status {status}"
+        if time.monotonic() >= deadline:
+            yield "time", {"error": "The time was up."}
+            return
+        if names is None:
+            yield "all", {"error": reason}
+            return
+        if status:
+            yield names[done], {"error": reason}
+            done += 1
+
+
+def summary(results: dict[str, dict[str, dict]]) -> Iterator[str]:
+    """Yields a line for each contender's check, for each timed case, and for what did not run."""
+    for contender in ("wit_trl", "trl"):
+        checks = results.get(f"check, {contender}", {})
+        for dtype, limit in LIMITS.items():
+            name = str(dtype).removeprefix("torch.")
+            errors = [max(r["errors"].values()) for c, r in checks.items() if f", {name}," in c and "errors" in r]
+            if errors:
+                verdict = "right" if max(errors) <= limit else "WRONG"
+                yield f"{contender} in {name}: {verdict}, at most {max(errors):.1e} off, {limit:.0e} allowed"
+    for case in (*TIMED_HEADS, *STEPS):
+        found: dict[str, dict] = {
+            key.split(", ", 1)[1]: r[case] for key, r in results.items() if "seconds" in r.get(case, {})
+        }
+        own = found.get("wit_trl", {}).get("seconds", float("nan"))
+        if "wit_trl" in found and "losses" in found.get("trl", {}) and case.endswith("λp = 0"):
+            pairs = zip(found["wit_trl"]["losses"], found["trl"]["losses"], strict=True)
+            yield f"{case}: losses of all steps differ from TRL's by at most {max(abs(a - b) for a, b in pairs):.4f}"
+        cells = (
+            f"{c} {1000 * r['seconds']:.2f} ms ({r['seconds'] / own:.2f}) {r['MiB']:.0f} MiB" for c, r in found.items()
         )
-    return results
+        if found:
+            yield f"{case}: {'; '.join(cells)}"
+    for key, cases in results.items():
+        for case, result in cases.items():
+            if "error" in result:
+                yield f"{key}, {case}: did not run: {result['error'].splitlines()[-1][:200]}"
 
 
-def curves(device: str, make_model, steps: int = 200, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, float]:
-    """
-    Returns two mean differences of losses: at (0, 1) against TRL's with the same seed, and of TRL's between seeds.
-    """
-    losses = {}
-    for contender, seed in itertools.product(("wit_trl", "trl"), seeds):
-        _, trainer = train(contender, device, make_model, (0.0, 1.0), steps, seed=seed, learning_rate=1e-4)
-        history = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        losses[contender, seed] = torch.tensor(history)
-    kernels = [(losses["wit_trl", seed] - losses["trl", seed]).abs().mean().item() for seed in seeds]
-    noise = [(losses["trl", a] - losses["trl", b]).abs().mean().item() for a, b in itertools.combinations(seeds, 2)]
-    found = {"kernels": max(kernels), "seeds": max(noise)}
-    print(
-        f"mean difference of the losses of {steps} steps: {found['kernels']:.4f} between the kernels with the same "
-        f"seed, {found['seeds']:.4f} between seeds of TRL",
-        flush=True,
-    )
-    return found
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, xpu or cpu")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--minutes", type=float, default=10.0, help="after which all that runs is ended")
+    parser.add_argument("--only", default="", help="of check, head, step with a contender: what holds this")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--worker", nargs=2, metavar=("KIND", "CONTENDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--last", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(*args.worker, args.device, args.repeats, args.first, args.last)
+        return
+    deadline = time.monotonic() + 60 * args.minutes
+    name = torch.get_device_module(args.device).get_device_name() if args.device != "cpu" else platform.machine()
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, dict]] = collections.defaultdict(dict)
+    arguments = ["--device", args.device, "--repeats", str(args.repeats)]
+    for kind, contender in (job for job in JOBS if args.only in ", ".join(job)):
+        for case, result in run_job(arguments, contender, kind, deadline):
+            results[f"{kind}, {contender}"][case] = result
+            found = {"device": name, "torch": torch.__version__, "results": results}
+            (args.output / "gpu.json").write_text(json.dumps(found, indent=1))
+        print(f"{kind}, {contender}: {len(results[f'{kind}, {contender}'])} cases", flush=True)
+    print(*summary(results), sep="\n")
+    if not all(result.get("is_right", False) for result in results.get("check, wit_trl", {}).values()):
+        sys.exit("The head is wrong on this device.")
 
 
-def main(device: str, output: Path, repeats: int, with_curves: bool) -> None:
-    name = torch.get_device_module(device).get_device_name() if device != "cpu" else "CPU"
-    print(f"{name}, torch {torch.__version__}")
-    check(device, 512, 2048, 128256, 0.5, False)
-    print(f"{'case':56}{'contender':12}{'ms':>10}{'MiB':>9}{'time ÷ wit_trl':>16}{'memory ÷ wit_trl':>18}")
-    found = {"device": name, "torch": torch.__version__, "results": {}}
-    output.mkdir(parents=True, exist_ok=True)
-
-    def keep(**more):  # called after each case, so that nothing is lost
-        found.update(more)
-        (output / "speed_gpu.json").write_text(json.dumps(found, indent=1))
-
-    results = found["results"]
-    for case in HEAD_CASES:
-        tokens, hidden_size, vocab, zero_share, frozen = case
-        label = f"{tokens} tokens, H {hidden_size}, V {vocab}, {'half' if zero_share else 'all'}"
-        if frozen:
-            label += ", frozen"
-        results[label] = compare(
-            label, HEAD_CONTENDERS, lambda c, case=case: measured(head_call(c, device, *case), device, repeats)
-        )
-    for model, prompt, lora in STEP_CASES:
-        label = f"step, {model}, λp = {prompt:g}{', LoRA' if lora else ''}"
-        arguments = (device, MODELS[model], prompt, lora, repeats)
-        results[label] = compare(label, ("wit_trl", "trl"), lambda c, arguments=arguments: step(c, *arguments))
-        keep()
-    if with_curves:
-        keep(curves=curves(device, MODELS["Qwen2.5-0.5B"]))
-    print(f"speed_gpu.json written to {output}")
+if __name__ == "__main__":
+    main()

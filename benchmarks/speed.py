@@ -3,7 +3,7 @@ Time and memory of the LM head with its loss, and of the whole training step, si
 
     python benchmarks/speed.py [--output runs/speed] [--repeats 5]
     python benchmarks/speed.py --scaling  # of the head, from 1k to 32k tokens
-    python benchmarks/speed.py --device cuda [--curves]  # on a GPU, with other cases: gpu.py
+    python benchmarks/gpu.py  # on a GPU, with other cases
 
 Each contender runs in a process of its own, all on the same data. This prints a table of medians, and writes
 `speed.json` and `speed.png` (`scaling.json` and `scaling.png`). Memory is the peak resident set minus what is resident
@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from contenders import loss_function
+from contenders import SELECTING, loss_function
 
 
 HIDDEN = 1024
@@ -73,11 +73,9 @@ def head_call(contender: str, dtype: str, vocab: int, zero_share: float, frozen:
         return products
 
     loss = loss_function(contender)
-    # The kernels of others take no weights, so their users select the weighted tokens
-    selects = contender in ("cce", "liger")
 
     def call():
-        rows = index if selects else slice(None)
+        rows = index if contender in SELECTING else slice(None)
         loss(hidden[rows], weight, targets[rows], token_weights[rows], len(index)).backward()
         hidden.grad = weight.grad = None
 
@@ -238,17 +236,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="run the cases whose name holds this")
     parser.add_argument("--scaling", action="store_true", help="run the head with more and more tokens")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu")
-    parser.add_argument("--curves", action="store_true", help="on a GPU, compare the losses of 200 steps with TRL's")
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure(*args.worker, args.repeats)))
-        return
-    if args.device != "cpu":
-        import gpu
-
-        gpu.main(args.device, args.output, args.repeats, args.curves)
         return
 
     results = {}

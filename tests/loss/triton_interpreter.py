@@ -98,7 +98,7 @@ def check(inputs, targets, weights, logit_scale, softcap, factors=None, grad=1.0
 @pytest.mark.parametrize("vocab", [7, 1501, 1536])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_head_equals_float64(dtype, vocab, logit_scale, softcap, bias, count, monkeypatch):
-    monkeypatch.setattr(one_pass, "_chunk_rows", lambda n, *args: min(n, count))
+    monkeypatch.setattr(one_pass, "_chunk_rows", lambda n, *args: (TOKENS, min(n, count)))
     monkeypatch.setattr(rows, "_COLUMNS", 1024)
     inputs, targets, weights = make_inputs(dtype, vocab, bias)
     for frozen in (None, 0, 1):

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from trl.kernels import ChunkedLogProbFunction
 
 from . import one_pass
 from .params import HeadParams, TokenScores
@@ -163,6 +162,8 @@ def _weighted_nll_of_trl(
     Does the same as `one_pass.weighted_nll`, by TRL's kernel, which scores every target. Without factors, or with all
     tokens scored, the host need not wait for the device.
     """
+    from trl.kernels import ChunkedLogProbFunction  # here, since the one-pass head needs no TRL
+
     temperature, outputs = 1.0, ("entropy", "is_top1")
     if bias is not None:  # impossible, but finite: TRL's kernel multiplies logits by probabilities of 0
         bias = bias.clamp(min=-1e4)

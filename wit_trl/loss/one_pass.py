@@ -1,7 +1,7 @@
 """The weighted loss of an LM head and its gradient in one pass, on any device."""
 
 import dataclasses
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ _CHUNK_ROWS_WITHOUT_WEIGHT_GRADIENT = 256
 # The least and the most of them at a time on a GPU, which was not measured: fewer read the head too often
 _GPU_CHUNK_ROWS = (2048, 4096)
 _GPU_CHUNK_BYTES = (512 << 20, 1024 << 20)
+_TILE_ROWS = 128
 # Rows of logits that are turned into their gradient at a time, in float32, while they are in the cache of a CPU
 _BLOCK_BYTES = 2 << 20
 _GPU_BLOCK_BYTES = 256 << 20  # where there is no Triton: each block is a dozen launches
@@ -69,11 +70,10 @@ class _WeightedNLL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         inputs, needs = (hidden_states, weight, bias), ctx.needs_input_grad[:3]
         (n, _), vocab = hidden_states.shape, len(weight)
-        device = hidden_states.device.type
-        uses_triton = rows is not None and device in _TRITON_DEVICES
-        head = weight.to(hidden_states.dtype)
-        pitch = -(-vocab // 64) * 64 if uses_triton else vocab  # so that every row of a GPU is aligned
-        count = _chunk_rows(n, pitch * hidden_states.element_size(), device != "cpu", needs[1])
+        on_gpu = hidden_states.device.type != "cpu"
+        ctx.uses_triton = rows is not None and hidden_states.device.type in _TRITON_DEVICES
+        pitch = -(-vocab // 64) * 64 if ctx.uses_triton else vocab  # so that every row of a GPU is aligned
+        capacity, count = _chunk_rows(n, pitch * hidden_states.element_size(), on_gpu, needs[1])
         is_half = torch.float16 in (hidden_states.dtype, weight.dtype)
         in_float32 = n > _MAX_CHUNKS_IN_16_BITS * count or is_half or weight.dtype != hidden_states.dtype
         token_weights = params.token_weights.to(torch.float32, copy=True)  # which the factors multiply in place
@@ -84,30 +84,17 @@ class _WeightedNLL(torch.autograd.Function):
             ctx.scale = torch.exp2(torch.floor(torch.log2(_LARGEST_GRADIENT_IN_FLOAT16 / largest)))
             token_weights *= ctx.scale
 
-        logits = hidden_states.new_empty(count, pitch)[:, :vocab]
         nll, entropy = hidden_states.new_empty(2, n, dtype=torch.float32)
         scores = TokenScores(nll, entropy, hidden_states.new_empty(n, dtype=torch.bool))
         hidden_dtype = torch.float32 if hidden_states.dtype == torch.float16 else hidden_states.dtype
         dtypes = (hidden_dtype, torch.float32 if in_float32 else weight.dtype, torch.float32)
         gradients = [
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if needed else None
+            (torch.empty if n else torch.zeros)(x.shape, dtype=dtype, device=x.device) if needed else None
             for x, dtype, needed in zip(inputs, dtypes, needs, strict=True)
         ]
-        grad_hidden, grad_weight, grad_bias = gradients
-        score_rows = rows.score if uses_triton else score
-        for start in range(0, n, count):
-            chunk = slice(start, start + count)
-            hidden = hidden_states[chunk]
-            z = torch.mm(hidden, head.t(), out=logits[: len(hidden)])
-            if bias is not None:
-                z += bias
-            score_rows(z, params[chunk], TokenScores(*(values[chunk] for values in scores)), any(needs))
-            if grad_hidden is not None:
-                _add_product(grad_hidden[chunk], z, head, is_first=True)
-            if grad_weight is not None:
-                _add_product(grad_weight, z.t(), hidden, is_first=start == 0)
-            if grad_bias is not None:
-                grad_bias += z.sum(0, dtype=torch.float32)
+        logits = hidden_states.new_empty(capacity, pitch)[:count, :vocab]
+        _score_chunks(logits, *inputs, params, scores, gradients, rows.score if ctx.uses_triton else score)
+        del logits  # before the casts
         if not is_half:  # which may have to wait for a scale of the loss, and is cast by autograd
             gradients = [None if y is None else y.to(x.dtype) for x, y in zip(inputs, gradients, strict=True)]
         ctx.gradients = gradients
@@ -121,35 +108,81 @@ class _WeightedNLL(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("The gradient of `weighted_linear_cross_entropy` is formed once and was already used.")
         grad_output = grad_output / ctx.scale
-        # It is mostly 1, but a device would make the host wait for it
+        # It is mostly 1, but only a CPU says so without waiting
         if grad_output.device.type != "cpu" or grad_output != 1:
-            gradients = [None if gradient is None else gradient.mul_(grad_output) for gradient in gradients]
+            scale = rows.scale if ctx.uses_triton else torch.Tensor.mul_
+            for gradient in gradients:
+                if gradient is not None:
+                    scale(gradient, grad_output)
         return *gradients, None
 
 
-def _chunk_rows(n: int, row_bytes: int, on_gpu: bool, needs_weight: bool) -> int:
-    """Returns how many rows of logits are held at a time."""
+def _chunk_rows(n: int, row_bytes: int, on_gpu: bool, needs_weight: bool) -> tuple[int, int]:
+    """Returns for how many rows of logits there is memory, and how many are held at a time."""
     if not on_gpu:
         count = _CHUNK_BYTES // row_bytes
-        return max(1, min(n, count if needs_weight else min(count, _CHUNK_ROWS_WITHOUT_WEIGHT_GRADIENT)))
+        count = max(1, min(n, count if needs_weight else min(count, _CHUNK_ROWS_WITHOUT_WEIGHT_GRADIENT)))
+        return count, count
     (least_rows, most_rows), (least_bytes, most_bytes) = _GPU_CHUNK_ROWS, _GPU_CHUNK_BYTES
-    count = min(most_rows, max(least_bytes // row_bytes, min(least_rows, most_bytes // row_bytes)))
-    chunks = max(1, -(-n // max(1, count)))  # of the same size, in whole tiles of a matrix product
-    return max(1, min(n, -(-n // (128 * chunks)) * 128))
+    most = min(most_rows, max(least_bytes // row_bytes, min(least_rows, most_bytes // row_bytes)))
+    # Whole tiles of a matrix product. Few different sizes, so that the memory of a step serves the next one
+    most = max(_TILE_ROWS, most // _TILE_ROWS * _TILE_ROWS)
+    tiles, chunks = -(-n // _TILE_ROWS), max(1, -(-n // most))
+    return min(most, _TILE_ROWS << max(0, tiles - 1).bit_length()), max(1, min(n, -(-tiles // chunks) * _TILE_ROWS))
+
+
+def _score_chunks(
+    logits: torch.Tensor,  # for one chunk
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    params: HeadParams,
+    scores: TokenScores,
+    gradients: list[torch.Tensor | None],
+    score_rows: Callable[[torch.Tensor, HeadParams, TokenScores, bool], None],
+) -> None:
+    """Writes the scores, and the gradients that are not None, chunk by chunk."""
+    grad_hidden, grad_weight, grad_bias = gradients
+    head = weight.to(hidden_states.dtype)
+    bias = None if bias is None else bias.to(hidden_states.dtype)
+    needs_gradient = any(gradient is not None for gradient in gradients)
+    for start in range(0, len(hidden_states), len(logits)):
+        chunk = slice(start, start + len(logits))
+        hidden, is_first = hidden_states[chunk], start == 0
+        z = logits[: len(hidden)]
+        if bias is None:
+            torch.mm(hidden, head.t(), out=z)
+        else:
+            torch.addmm(bias, hidden, head.t(), out=z)
+        score_rows(z, params[chunk], TokenScores(*(values[chunk] for values in scores)), needs_gradient)
+        if grad_hidden is not None:
+            _add_product(grad_hidden[chunk], z, head, is_first=True)
+        if grad_weight is not None:
+            _add_product(grad_weight, z.t(), hidden, is_first)
+        if grad_bias is not None:
+            total = z.sum(0, dtype=torch.float32)
+            grad_bias.copy_(total if is_first else total + grad_bias)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
-    """Adds the product of two matrices to a sum, or writes the first one, so that zeros are never read."""
+    """Adds the product of two matrices to a sum, or writes the first one over what was in memory."""
+    beta = 0 if is_first else 1
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if is_first else 1)
+        total.addmm_(a, b, beta=beta)
     elif total.is_cuda:  # without rounding the product
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
-        for start, inner in itertools.product(range(0, len(a), 16384), range(0, len(b), 16384)):
-            part, other = a[start : start + 16384, inner : inner + 16384], b[inner : inner + 16384]
+        for inner in range(0, len(b), 16384):
+            other = b[inner : inner + 16384]
             if a.dtype == torch.float16:  # in which a product may overflow
-                part, other = part.float(), other.float()
-            total[start : start + 16384] += torch.mm(part, other)
+                other = other.float()
+            for start in range(0, len(a), 16384):
+                product = torch.mm(a[start : start + 16384, inner : inner + 16384].to(other.dtype), other)
+                part = total[start : start + 16384]
+                if is_first and inner == 0:
+                    part.copy_(product)
+                else:
+                    part += product
 
 
 def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:

@@ -1,0 +1,54 @@
+"""The loss as plain loops in float64, independent of the kernels: one token after another, derivatives by hand."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..loss.token_factors import TokenFactors
+
+
+class HeadInFloat64(NamedTuple):
+    """What [`head_in_float64`] returns."""
+
+    loss: torch.Tensor  # weighted sum of the negative log-likelihoods
+    nll: torch.Tensor  # (N,), in nats
+    entropy: torch.Tensor  # (N,), in nats
+    is_top1: torch.Tensor  # (N,)
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of the loss, for hidden states, weight and bias
+
+
+@torch.no_grad()
+def head_in_float64(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    token_factors: TokenFactors | None = None,
+) -> HeadInFloat64:
+    """Arguments as in [`weighted_linear_cross_entropy`], whose `num_items_in_batch` is 1 here."""
+    hidden_states, weight = hidden_states.double(), weight.double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    nll, entropy = hidden_states.new_empty(2, len(targets))
+    is_top1 = torch.empty_like(targets, dtype=torch.bool)
+    loss, gradients = weight.new_zeros(()), tuple(map(torch.zeros_like, (hidden_states, weight, bias)))
+    for t, (hidden, target) in enumerate(zip(hidden_states, targets.tolist(), strict=True)):
+        logits, slope = logit_scale * (weight @ hidden + bias), 1.0
+        if softcap is not None:
+            tanh = torch.tanh(logits / softcap)
+            logits, slope = softcap * tanh, 1 - tanh**2
+        log_p = torch.log_softmax(logits, 0)
+        nll[t], entropy[t] = -log_p[target], torch.special.entr(log_p.exp()).sum()
+        is_top1[t] = logits.argmax() == target
+        factor = 1.0 if token_factors is None else token_factors(nll[t], entropy[t])
+        token_weight = token_weights[t].double() * factor
+        loss += token_weight * nll[t]
+        of_logits = log_p.exp()
+        of_logits[target] -= 1
+        of_logits *= token_weight * logit_scale * slope
+        gradients[0][t] = of_logits @ weight
+        gradients[1].addr_(of_logits, hidden)
+        gradients[2].add_(of_logits)
+    return HeadInFloat64(loss, nll, entropy, is_top1, gradients)
