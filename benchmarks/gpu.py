@@ -212,7 +212,11 @@ def step(contender: str, device: str, repeats: int) -> Iterator[tuple[str, Calla
             else:
                 fused_head = "one_pass" if contender == "wit_trl" else "trl"
                 args = WITSFTConfig(
-                    prompt_loss_weight=prompt_loss_weight, fused_head=fused_head, print_weight_report=False, **kwargs
+                    completion_loss_weight=1.0,
+                    prompt_loss_weight=prompt_loss_weight,
+                    fused_head=fused_head,
+                    print_weight_report=False,
+                    **kwargs,
                 )
                 trainer_class = WITSFTTrainer
             clock = Clock()

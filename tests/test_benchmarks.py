@@ -1,62 +1,134 @@
-"""The benchmark for GPUs, with tiny cases on a CPU: that it runs, and that it refuses a head that is wrong."""
+"""The benchmark for GPUs, with tiny cases on a CPU: what it measures, and that no crash or missing package ends it."""
 
+import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from wit_trl.loss import one_pass
 
 
-HEAD = (64, 32, 1000, 0.5, False)
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MODEL = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.delitem(sys.modules, "gpu", raising=False)
     import gpu
 
     monkeypatch.setattr(gpu, "SEQUENCE", 16)
+    monkeypatch.setattr(gpu, "CHECKED_SIZES", {"small": (20, 32, 301)})
+    monkeypatch.setattr(
+        gpu, "TIMED_HEADS", {"a": (64, 32, 1000, 0.5, False, None), "b": (64, 32, 1000, 0.0, True, 30.0)}
+    )
+    monkeypatch.setattr(
+        gpu, "STEPS", {"step, a, λp = 0": ("llama", MODEL, 0.0, False), "step, b": ("qwen2", MODEL, 0.2, True)}
+    )
     return gpu
 
 
-def tiny_model():
-    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=1000, **config))
+def work(gpu, capsys, kind, contender):
+    """The results of a worker that runs in this process."""
+    gpu.work(kind, contender, "cpu", 1, 0, None)
+    lines = capsys.readouterr().out.splitlines()
+    names, *results = (json.loads(line.removeprefix(gpu.RESULT)) for line in lines if line.startswith(gpu.RESULT))
+    assert names["cases"] == [result["case"] for result in results]
+    return {result["case"]: result for result in results}
 
 
 def test_head_and_step_are_measured(gpu, capsys):
-    gpu.check("cpu", *HEAD)
-    contenders = ("products", "wit_trl", "trl", "full_logits")
-    results = gpu.compare("head", contenders, lambda name: gpu.measured(gpu.head_call(name, "cpu", *HEAD), "cpu", 1))
-    assert [*results] == [*contenders]
-    for lora in (False, True):
-        results = gpu.compare(
-            "step", ("wit_trl", "trl"), lambda name, lora=lora: gpu.step(name, "cpu", tiny_model, 0.2, lora, 1)
-        )
-        assert [len(result["all_seconds"]) for result in results.values()] == [1, 1]
-    found = gpu.curves("cpu", tiny_model, steps=3, seeds=(0, 1))
-    assert found["kernels"] < found["seeds"]
+    for contender in ("products", "wit_trl", "trl", "original"):
+        assert [len(result["all_seconds"]) for result in work(gpu, capsys, "head", contender).values()] == [1, 1]
+    results = {contender: work(gpu, capsys, "step", contender) for contender in ("wit_trl", "trl")}
+    for of_contender in results.values():
+        assert [len(result["losses"]) for result in of_contender.values()] == [1 + gpu.WARM_UP] * 2
+    (line,) = (x for x in gpu.summary({f"step, {c}": r for c, r in results.items()}) if "differ" in x)
+    assert float(line.split()[-1]) < 1e-3
+    assert results["wit_trl"]["step, b"]["losses"] != results["trl"]["step, b"]["losses"]  # of other weights
 
 
-def test_wrong_head_is_not_timed(gpu, monkeypatch):
+def test_a_head_that_is_wrong_is_told(gpu, capsys, monkeypatch, tmp_path):
+    assert all(result["is_right"] for result in work(gpu, capsys, "check", "wit_trl").values())
     score = one_pass.score
 
     def wrong(logits, *args):
         score(logits, *args)
-        logits *= 1.01
+        logits *= 1.1
 
     monkeypatch.setattr(one_pass, "score", wrong)
-    with pytest.raises(SystemExit, match="wrong on this device: nothing is timed"):
-        gpu.check("cpu", *HEAD)
+    results = work(gpu, capsys, "check", "wit_trl")
+    assert {name for name, result in results.items() if result["is_right"]} == {
+        f"small, {dtype}, evaluation" for dtype in ("float32", "float16", "bfloat16")
+    }
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--output", str(tmp_path), "--only", "check, wit"])
+    monkeypatch.setattr(gpu, "run_job", lambda *args: results.items())
+    with pytest.raises(SystemExit, match="wrong on this device"):
+        gpu.main()
+    assert "wit_trl in float32: WRONG" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gpu.json").read_text())["results"]["check, wit_trl"] == results
 
 
-def test_contender_that_cannot_run_says_why(gpu, capsys):
-    def measure(name):
-        raise torch.OutOfMemoryError("out of memory")
+WORKER = """
+import json, os, sys, time
+first = int(sys.argv[sys.argv.index("--first") + 1])
+print("{'loss': 'of a library'}")
+print("result:", json.dumps({"cases": ["a", "crashes", "raises", "b", "hangs", "c"]}), flush=True)
+for name in ["a", "crashes", "raises", "b", "hangs", "c"][first:]:
+    if name == "crashes":
+        os.abort()
+    if name == "raises":
+        raise MemoryError("no memory")
+    if name == "hangs":
+        time.sleep(60)
+    print("result:", json.dumps({"case": name, "seconds": 1.0}), flush=True)
+"""
 
-    assert gpu.compare("head", ("wit_trl",), measure) == {}
-    assert "did not run: OutOfMemoryError('out of memory')" in capsys.readouterr().out
+
+def test_a_process_that_dies_costs_one_case_and_one_that_hangs_ends_in_time(gpu, monkeypatch, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "worker.py"))
+    start = time.monotonic()
+    results = dict(gpu.run_job([], "contender", "head", start + 5))
+    assert time.monotonic() < start + 30
+    assert results["a"] == results["b"] == {"seconds": 1.0}
+    assert results["crashes"] == {"error": "exit status -6"}
+    assert results["raises"]["error"].endswith("MemoryError: no memory")
+    assert results["time"] == {"error": "The time was up."}
+    assert "c" not in results
+
+
+def test_a_contender_that_is_not_installed_is_tried_once(gpu, monkeypatch, tmp_path):
+    (tmp_path / "worker.py").write_text("import no_such_package")
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "worker.py"))
+    ((name, result),) = gpu.run_job([], "contender", "head", time.monotonic() + 60)
+    assert name == "all"
+    assert "No module named 'no_such_package'" in result["error"]
+
+
+BLOCKED = """
+import sys
+sys.modules |= dict.fromkeys(
+    ["accelerate", "datasets", "dill", "liger_kernel", "multiprocess", "peft", "transformers", "trl"]
+)
+sys.path.insert(0, sys.argv[1])
+import gpu
+gpu.CHECKED_SIZES = {"small": (20, 32, 301)}
+gpu.TIMED_HEADS = {"a": (64, 32, 1000, 0.5, False, None)}
+for kind in ("check", "head"):
+    gpu.work(kind, "wit_trl", "cpu", 1, 0, None)
+"""
+
+
+def test_the_head_of_this_package_needs_torch_alone():
+    process = subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(BENCHMARKS)], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count('"is_right": true') == 30
+    assert process.stdout.count('"seconds"') == 1

@@ -314,20 +314,24 @@ def test_small_probabilities_have_a_gradient_in_float16():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "row_bytes", "expected"),
+    ("tokens", "row_bytes", "capacity", "rows"),
     [
-        (8192, 128256 * 2, 2048),  # half a GiB of logits
-        (8192, 32064 * 2, 4096),  # no more rows than these
-        (8192, 128256 * 4, 2048),  # fewer are slow, so they may take a GiB
-        (8192, 2**20, 1024),
-        (5000, 128256 * 2, 1792),  # three chunks of the same size, in whole tiles
-        (4097, 32064 * 2, 2176),
-        (100, 128256 * 2, 100),
-        (0, 128256 * 2, 1),
+        (8192, 128256 * 2, 2048, 2048),  # half a GiB of logits
+        (8192, 32064 * 2, 4096, 4096),  # no more rows than these
+        (8192, 128256 * 4, 2048, 2048),  # fewer are slow, so they may take a GiB
+        (8192, 2**20, 1024, 1024),
+        (5000, 128256 * 2, 2048, 1792),  # three chunks of the same size, in whole tiles
+        (4097, 32064 * 2, 4096, 2176),
+        (1500, 128256 * 2, 2048, 1500),  # memory for few different numbers of rows
+        (600, 128256 * 2, 1024, 600),
+        (100, 128256 * 2, 128, 100),
+        (1, 128256 * 2, 128, 1),
+        (0, 128256 * 2, 128, 1),
+        (8192, 2**31, 128, 128),
     ],
 )
-def test_chunks_of_a_gpu_are_of_the_same_size(tokens, row_bytes, expected):
-    assert one_pass._chunk_rows(tokens, row_bytes, True, False) == expected
+def test_chunks_of_a_gpu_are_of_the_same_size(tokens, row_bytes, capacity, rows):
+    assert one_pass._chunk_rows(tokens, row_bytes, True, False) == (capacity, rows)
 
 
 def test_second_backward_raises():

@@ -70,20 +70,18 @@ def head_errors(
     float32 the number of tokens whose top-1 is wrong.
     """
     hidden_states, weight, bias, targets, token_weights = head_inputs(device, dtype, tokens, hidden_size, vocabulary)
-    factors = probability if case.has_factors else None
-    inputs = {"hidden states": hidden_states, "head": weight, "bias": bias if case.has_bias else None}
-    for name, x in inputs.items():
-        if x is not None:
-            x.requires_grad_(not (case.frozen_head and name == "head"))
+    trained = [hidden_states, *([] if case.frozen_head else [weight]), *([bias] if case.has_bias else [])]
+    for x in trained:
+        x.requires_grad_()
+    inputs = (hidden_states, weight, bias if case.has_bias else None)
     token_weights /= token_weights.count_nonzero()
     scored = token_weights != 0
-    expected = head_in_float64(
-        *inputs.values(), targets, token_weights, case.logit_scale, case.softcap, token_factors=factors
-    )
+    factors = probability if case.has_factors else None
+    expected = head_in_float64(*inputs, targets, token_weights, case.logit_scale, case.softcap, factors)
     params = HeadParams(targets, token_weights, scored, case.logit_scale, case.softcap, factors)
     rows = -(-int(scored.sum()) // case.chunks)
     with patch.object(one_pass, "_chunk_rows", lambda *_: (rows, rows)), torch.set_grad_enabled(not case.evaluation):
-        loss, scores = kernel(*inputs.values(), params)
+        loss, scores = kernel(*inputs, params)
     pairs = {
         "loss": (loss, expected.loss),
         "nll": (scores.nll[scored], expected.nll[scored]),
@@ -93,9 +91,12 @@ def head_errors(
         # In float16 as with a GradScaler, since a gradient below 6e-8 is none
         loss_scale = case.loss_scale * (2.0**14 if dtype == torch.float16 else 1.0)
         loss.backward(loss.new_tensor(loss_scale))
-        for (name, x), gradient in zip(inputs.items(), expected.gradients, strict=True):
-            if x is not None and x.requires_grad:
-                pairs[f"gradient of {name}"] = (x.grad, gradient * loss_scale)
+        gradients = {
+            "gradient of hidden states": (hidden_states.grad, expected.grad_hidden),
+            "gradient of head": (weight.grad, expected.grad_weight),
+            "gradient of bias": (bias.grad, expected.grad_bias),
+        }
+        pairs |= {name: (x, loss_scale * y) for name, (x, y) in gradients.items() if x is not None}
     errors = {name: (torch.linalg.norm(a.double() - b) / torch.linalg.norm(b)).item() for name, (a, b) in pairs.items()}
     if dtype == torch.float32:
         errors["top-1"] = (scores.is_top1 != (expected.is_top1 & scored)).sum().item()

@@ -14,7 +14,9 @@ class HeadInFloat64(NamedTuple):
     nll: torch.Tensor  # (N,), in nats
     entropy: torch.Tensor  # (N,), in nats
     is_top1: torch.Tensor  # (N,)
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of the loss, for hidden states, weight and bias
+    grad_hidden: torch.Tensor  # (N, H), of the loss
+    grad_weight: torch.Tensor  # (V, H)
+    grad_bias: torch.Tensor  # (V,)
 
 
 @torch.no_grad()
@@ -33,9 +35,11 @@ def head_in_float64(
     bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
     nll, entropy = hidden_states.new_empty(2, len(targets))
     is_top1 = torch.empty_like(targets, dtype=torch.bool)
-    loss, gradients = weight.new_zeros(()), tuple(map(torch.zeros_like, (hidden_states, weight, bias)))
+    loss = weight.new_zeros(())
+    grad_hidden, grad_weight, grad_bias = (torch.zeros_like(x) for x in (hidden_states, weight, bias))
     for t, (hidden, target) in enumerate(zip(hidden_states, targets.tolist(), strict=True)):
-        logits, slope = logit_scale * (weight @ hidden + bias), 1.0
+        logits = logit_scale * (weight @ hidden + bias)
+        slope = torch.ones_like(logits)
         if softcap is not None:
             tanh = torch.tanh(logits / softcap)
             logits, slope = softcap * tanh, 1 - tanh**2
@@ -48,7 +52,7 @@ def head_in_float64(
         of_logits = log_p.exp()
         of_logits[target] -= 1
         of_logits *= token_weight * logit_scale * slope
-        gradients[0][t] = of_logits @ weight
-        gradients[1].addr_(of_logits, hidden)
-        gradients[2].add_(of_logits)
-    return HeadInFloat64(loss, nll, entropy, is_top1, gradients)
+        grad_hidden[t] = of_logits @ weight
+        grad_weight.addr_(of_logits, hidden)
+        grad_bias += of_logits
+    return HeadInFloat64(loss, nll, entropy, is_top1, grad_hidden, grad_weight, grad_bias)

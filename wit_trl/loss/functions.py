@@ -11,7 +11,7 @@ from .token_factors import TokenFactors
 
 
 FUSED_HEADS = ("auto", "one_pass", "trl")
-# Where the one-pass kernel was tested and timed, so that it is chosen
+# Where the one-pass kernel is chosen by itself
 _ONE_PASS_DEVICES = ("cpu",)
 _VOCABULARY_CHUNK = 32768  # as TRL calls its kernel
 
