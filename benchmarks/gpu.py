@@ -111,7 +111,7 @@ def check(contender: str, device: str) -> Iterator[tuple[str, Callable[[], dict]
     if contender == "wit_trl":
         kernel = one_pass.weighted_nll
     else:
-        from wit_trl.loss.functions import _weighted_nll_of_trl as kernel
+        from wit_trl.loss.functions import trl_weighted_nll as kernel
 
     for size_name, sizes in CHECKED_SIZES.items():
         for dtype, limit in LIMITS.items():

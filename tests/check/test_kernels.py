@@ -4,7 +4,7 @@ import torch
 from wit_trl.check.kernels import HEAD_CASES, LIMITS, head_errors
 from wit_trl.check.reference import head_in_float64
 from wit_trl.loss import one_pass
-from wit_trl.loss.functions import _weighted_nll_of_trl
+from wit_trl.loss.functions import trl_weighted_nll
 
 from .. import reference
 
@@ -42,7 +42,7 @@ def test_loops_in_float64_equal_those_without_torch():
 
 @pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("kernel", [one_pass.weighted_nll, _weighted_nll_of_trl])
+@pytest.mark.parametrize("kernel", [one_pass.weighted_nll, trl_weighted_nll])
 def test_head_equals_float64(kernel, dtype, case):
     errors = head_errors(kernel, case, "cpu", dtype, tokens=30, hidden_size=64, vocabulary=301)
     assert {name: error for name, error in errors.items() if error > LIMITS[dtype]} == {}

@@ -121,7 +121,7 @@ def weighted_linear_cross_entropy(
     """
     num_items_in_batch = token_weights.count_nonzero() if num_items_in_batch is None else num_items_in_batch
     scored = token_weights != 0 if scored is None else scored
-    kernel = one_pass.weighted_nll if uses_one_pass(fused_head, hidden_states.device) else _weighted_nll_of_trl
+    kernel = one_pass.weighted_nll if uses_one_pass(fused_head, hidden_states.device) else trl_weighted_nll
     token_weights = token_weights / not_zero(num_items_in_batch)  # so that the gradient is whole in the forward pass
     if isinstance(scored, torch.Tensor):
         targets = targets.where(scored, 0)
@@ -155,7 +155,7 @@ def weighted_sum(
     return (nll * token_weights).masked_fill(token_weights == 0, 0).sum()  # where a nll may be infinite
 
 
-def _weighted_nll_of_trl(
+def trl_weighted_nll(
     hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, params: HeadParams
 ) -> tuple[torch.Tensor, TokenScores]:
     """

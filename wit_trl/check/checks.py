@@ -1,0 +1,96 @@
+"""What `wit-trl check` checks, one result after another."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from ..config import WITSFTConfig
+from ..loss import one_pass
+from ..loss.functions import trl_weighted_nll
+from ..trainer import WITSFTTrainer
+from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors
+from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, differences
+
+
+KERNELS: dict[str, Kernel] = {"one_pass": one_pass.weighted_nll, "trl": trl_weighted_nll}
+# Of losses and parameters in float32, which a sum in another order rounds in another way
+TRAINING_LIMIT = 1e-4
+_OTHER = {"one_pass": "trl", "trl": "one_pass"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result. A figure is the norm of a difference over the norm of what is right, and no figure is an error."""
+
+    name: str
+    figure: float
+    limit: float
+    remedy: str  # what a figure above the limit means, and what avoids it
+    error: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        return self.figure <= self.limit  # which NaN is not
+
+
+def _run(name: str, limit: float, remedy: str, measure: Callable[[], float]) -> Check:
+    try:
+        return Check(name, measure(), limit, remedy)
+    except Exception as error:  # whatever a kernel or a device raises
+        return Check(name, math.inf, limit, remedy, f"{type(error).__name__}: {error}")
+
+
+def check_kernels(device: str, tokens: int = 60, hidden_size: int = 96, vocabulary: int = 1501) -> Iterator[Check]:
+    """Compares both heads with float64, in all cases and data types. Yields the largest error of each data type."""
+    for (name, kernel), (dtype, limit) in itertools.product(KERNELS.items(), LIMITS.items()):
+
+        def measure(kernel=kernel, dtype=dtype):
+            errors = (head_errors(kernel, case, device, dtype, tokens, hidden_size, vocabulary) for case in HEAD_CASES)
+            return max(max(of_case.values()) for of_case in errors)
+
+        remedy = (
+            f"The kernel `{name}` of the LM head is wrong in {str(dtype).removeprefix('torch.')}. Set "
+            f'`fused_head="{_OTHER[name]}"`.'
+        )
+        yield _run(f"head {name}, {str(dtype).removeprefix('torch.')}", limit, remedy, measure)
+
+
+def check_trainers(device: str) -> Iterator[Check]:
+    """Trains as `SFTTrainer` does, in every layout of a batch, and as one step split into other micro-batches."""
+    train = TinyTraining(device)
+
+    def wit(prompt: float, completion: float, **arguments):
+        return train(
+            WITSFTTrainer,
+            WITSFTConfig,
+            prompt_loss_weight=prompt,
+            completion_loss_weight=completion,
+            print_weight_report=False,
+            **arguments,
+        )
+
+    for (layout, arguments), (weights, of_trl) in itertools.product(LAYOUTS.items(), ENDPOINTS.items()):
+
+        def measure(weights=weights, arguments=arguments, of_trl=of_trl):
+            expected = train(SFTTrainer, SFTConfig, **arguments, **of_trl)
+            return max(differences(wit(*weights, **arguments), expected).values())
+
+        remedy = f"Rows that are {layout} train otherwise than in `SFTTrainer`. Use another layout of the batch."
+        yield _run(f"(λp, λr) = {weights} as SFTTrainer, {layout}", TRAINING_LIMIT, remedy, measure)
+
+    whole = None
+    for rows, micro_batches in SPLITS:
+        arguments = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
+        if whole is None:
+            whole = wit(0.2, 0.8, **arguments)
+            continue
+
+        def split(arguments=arguments):
+            return max(differences(wit(0.2, 0.8, **arguments), whole).values())
+
+        remedy = "The loss depends on how a step is split. Set `gradient_accumulation_steps=1`."
+        yield _run(f"{micro_batches} micro-batches as one", TRAINING_LIMIT, remedy, split)

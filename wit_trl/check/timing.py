@@ -1,0 +1,37 @@
+"""Time and memory of a call on any device, and of the LM head in particular."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from .kernels import Kernel, head_inputs
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_memory(device: str) -> float:
+    """Returns the most MiB that were allocated since the last reset, or 0 on a CPU, where nobody counts."""
+    return torch.accelerator.max_memory_allocated() / 2**20 if device != "cpu" else 0.0
+
+
+def measured(call: Callable[[], None], device: str, repeats: int) -> dict[str, float | list[float]]:
+    """Returns the seconds of a call, all and their median, and its peak in MiB above what was allocated before."""
+    call()  # compiles
+    before = 0.0
+    if device != "cpu":
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
+        before = peak_memory(device)
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "MiB": peak_memory(device) - before, "all_seconds": seconds}

@@ -1,0 +1,82 @@
+"""Training, side by side: `SFTTrainer` and `WITSFTTrainer`, and the same work split in other ways."""
+
+import tempfile
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from ..config import WITSFTConfig
+from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
+from ..trainer import WITSFTTrainer
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "padding-free": {"padding_free": True},
+    "packed": {"packing": True, "max_length": 256},
+}
+# Weights of prompt and completion, and what `SFTTrainer` trains with them
+ENDPOINTS = {(0.0, 1.0): {"completion_only_loss": True}, (1.0, 1.0): {"completion_only_loss": False}}
+# Rows of a micro-batch and micro-batches of a step
+SPLITS = ((8, 1), (4, 2), (2, 4))
+ROWS, STEPS = 16, 2
+
+
+class Trained(NamedTuple):
+    """What a training leaves behind."""
+
+    losses: torch.Tensor  # of each step, in nats
+    change: torch.Tensor  # of all parameters
+
+
+class TinyTraining:
+    """Trains the embedded model on rows of the embedded data, with plain gradient descent and in float32."""
+
+    def __init__(self, device: str):
+        dataset = load_stdlib_functions()
+        self.device = device
+        self.tokenizer: PreTrainedTokenizerFast = train_embedded_tokenizer(dataset)
+        self.rows: Dataset = dataset["train"].select(range(ROWS))
+
+    def __call__(self, trainer_class: type[SFTTrainer], config_class: type[SFTConfig], **arguments: Any) -> Trained:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(embedded_config(self.tokenizer))
+        before = torch.cat([x.detach().flatten() for x in model.parameters()])
+        with tempfile.TemporaryDirectory() as folder:
+            args = config_class(
+                folder,
+                **{
+                    "max_length": None,
+                    "max_steps": STEPS,
+                    "per_device_train_batch_size": 8,
+                    # The parameters then differ as the gradients do
+                    "optim": "sgd",
+                    "learning_rate": 0.1,
+                    "max_grad_norm": 0.0,
+                    "lr_scheduler_type": "constant",
+                    "train_sampling_strategy": "sequential",
+                    "logging_steps": 1,
+                    "save_strategy": "no",
+                    "report_to": "none",
+                    "bf16": False,
+                    "use_cpu": self.device == "cpu",
+                    "disable_tqdm": True,
+                    **arguments,
+                },
+            )
+            trainer = trainer_class(model, args, train_dataset=self.rows, processing_class=self.tokenizer)
+            trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        after = torch.cat([x.detach().cpu().flatten() for x in trainer.model.parameters()])
+        return Trained(torch.tensor(losses), after - before)
+
+
+def differences(found: Trained, expected: Trained) -> dict[str, float]:
+    """Returns the norm of the difference over the norm, of the losses and of the change of the parameters."""
+    return {
+        name: (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item()
+        for name, a, b in zip(("losses", "parameters"), found, expected, strict=True)
+    }
