@@ -14,8 +14,9 @@ from wit_trl.conversation.chat_template import training_chat_template
 from wit_trl.conversation.messages import check_messages
 from wit_trl.conversation.rendering import logger
 from wit_trl.conversation.template_memory import TemplateMemory
-from wit_trl.conversation.turn_weights import turn_weights
+from wit_trl.conversation.turn_weights import weigh_conversation
 from wit_trl.conversation.turns import Conversation
+from wit_trl.weights import StructureWeights
 
 from .conftest import CALLS, CHAT, EMPTY, SPECIAL_TEXT, TEMPLATES, TOOLS
 
@@ -61,7 +62,8 @@ REWRITING = ["qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
 
 
 def weights_of(conversation):
-    return turn_weights(conversation, conversation.tokenize()["input_ids"])
+    input_ids = conversation.tokenize()["input_ids"]
+    return weigh_conversation(conversation, input_ids, [0] * len(input_ids), StructureWeights())[1]
 
 
 def spans(tokenizer, input_ids, masks):
@@ -162,7 +164,7 @@ def test_each_token_has_the_weight_of_its_message(name, render, template_tokeniz
         (turn,) = spans(template_tokenizer, input_ids, [w == weight for w in weights])
         assert message["content"] in turn
         assert not any(other["content"] in turn for other in CHAT if other is not message)
-    assert not len(weights_of(render(name, CHAT)))
+    assert set(weights_of(render(name, CHAT)).tolist()) == {1}
 
 
 def test_turns_are_found_where_tokens_merge_across_them(tokenizer):
@@ -453,7 +455,7 @@ def outcome(messages, *args):
     try:
         conversation = Conversation(messages, *args)
         input_ids = conversation.tokenize()["input_ids"]
-        return conversation.assistant_masks(input_ids), turn_weights(conversation, input_ids).tolist()
+        return conversation.assistant_masks(input_ids), weights_of(conversation).tolist()
     except ValueError as error:
         return str(error)
 

@@ -1,23 +1,23 @@
 """
-A conversation as a chat template renders it, of which nothing may be left out.
+The text of a conversation, as a chat template renders it. It may leave out nothing.
 
 1. The whole conversation is rendered, with the arguments of tool calls in the form that the template wants.
-2. `ContentSpans` finds the characters of each content, from what is remembered of the template, else by probes.
-3. Tool calls, thinking and tools count as rendered if the text is another one without them.
+2. `find_contents` finds the characters of each content.
+3. Tool calls, thinking and tools count as rendered if the text without them is another one.
 """
 
 import functools
 import itertools
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl.data_utils import prepare_multimodal_messages
 
 from .._upstream import tokenize_messages
-from .chat_template import TOOLS_REMEDY
+from .chat_template import TOOLS_REMEDY, ProcessingClass
 from .messages import Messages, message_texts, missing_end
-from .parts import Part, parts
+from .parts import find_contents, parts
 from .template_memory import TemplateMemory, kind_of
 from .tool_calls import arguments_as_objects, arguments_as_texts, calls_of, is_written_as_python, read_tools
 
@@ -29,18 +29,6 @@ class RenderedConversation:
     """
     The messages of a conversation, its text, and where each content is in it.
 
-    Args:
-        messages (`list[dict]`):
-            The turns.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            What renders and tokenizes them.
-        chat_template (`str`, *optional*):
-            The template to render with. Defaults to the own one.
-        row (`dict`):
-            Row of the data set. Its `"tools"` (a list or JSON) and `"chat_template_kwargs"` go to the template.
-        memory ([`TemplateMemory`], *optional*):
-            What other conversations told of the template.
-
     Raises:
         `ValueError`: the template cannot render the conversation, or leaves out a part of it.
     """
@@ -48,10 +36,10 @@ class RenderedConversation:
     def __init__(
         self,
         messages: Messages,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        chat_template: str | None,
-        row: dict[str, Any],
-        memory: TemplateMemory | None = None,
+        processing_class: ProcessingClass,
+        chat_template: str | None,  # by default the own one
+        row: dict[str, Any],  # its `"tools"` (a list or JSON) and `"chat_template_kwargs"` go to the template
+        memory: TemplateMemory | None = None,  # what other conversations told of the template
     ):
         self.messages = arguments_as_objects(messages)
         self._processing_class = processing_class
@@ -65,14 +53,20 @@ class RenderedConversation:
         self._tokens = memory.tokens
         self._known = memory.of(self.template_kwargs)
         self._kinds = [kind_of(message) for message in self.messages]
+        in_parts = isinstance(processing_class, ProcessorMixin)  # for which `render` makes parts
+        in_parts = in_parts or any(isinstance(message.get("content"), list) for message in self.messages)
         # The characters of each content; `None` where the template changes what messages say
-        self.spans = self._known.spans.find(self.text, self.messages, self._kinds)
-        self._check_nothing_is_left_out()
+        self.spans, missing = find_contents(
+            self.text, self.messages, self._kinds, self._known.written, self.render, in_parts
+        )
+        for turn in sorted(missing):
+            self._check_is_rendered(turn)
+        self._check_parts()
 
     def _render_all(self, messages: Messages) -> str:
         """
         Returns the text of all turns. Most templates want the `arguments` of a call as an object. Some want them as
-        text (DeepSeek-V3), which shows in an error, or in an object that is written in Python's form.
+        text (DeepSeek-V3): they raise an error, or write an object in Python's form.
         """
         if not any(map(calls_of, messages)):
             return self.render(self.messages)
@@ -108,17 +102,15 @@ class RenderedConversation:
         """Returns `"input_ids"` and, with `return_assistant_tokens_mask=True`, the template's `"assistant_masks"`."""
         return tokenize_messages(self._processing_class, self.messages, **{**self.template_kwargs, **kwargs})
 
-    def _check_nothing_is_left_out(self) -> None:
-        """A template may print nothing of what it does not know, and Python's form of a list, without an error."""
-        if self.spans is None:
-            self._probe_contents()
+    def _check_parts(self) -> None:
+        """Checks what stands beside contents. A template that leaves it out raises no error."""
         complete, last = self._known.complete, len(self.messages) - 1
         for part in parts(self.messages):
-            calls = len(calls_of(self.messages[part.turn]))
-            around = (self._kinds[part.turn], *self._around[part.turn], part.turn == last)
-            key: tuple = (part.kind, part.number, calls, *around)
+            key: tuple = (part.key, self._kinds[part.turn], *self._around[part.turn], part.turn == last)
             if key not in complete and self._renders_the_same_with(part.without, part.turn):
-                self._tell(part)
+                if part.remedy:
+                    raise ValueError(f"the chat template leaves out {part.name}. {part.remedy}.")
+                logger.warning_once(f"The chat template leaves out {part.name}: it is not trained.")
             complete.add(key)
         key = ("tools", self._kinds[0])
         if self.template_kwargs["tools"] and key not in complete:
@@ -126,50 +118,14 @@ class RenderedConversation:
                 raise ValueError(f"the chat template leaves out the `tools`. {TOOLS_REMEDY}, or remove the column.")
             complete.add(key)
 
-    def _tell(self, part: Part) -> None:
-        """Refuses what a template leaves out, but for what it may leave out on purpose: of that it warns."""
-        message = self.messages[part.turn]
-        if part.kind == "call" and part.number:
-            raise ValueError(
-                f"the chat template leaves out {part.name}, number {part.number} of the tool calls in turn "
-                f"{part.turn}. Make a turn of each call, choose a template that writes all (`chat_template_path`), "
-                "or remove such rows."
-            )
-        if part.kind == "call":
-            raise ValueError(
-                f"the chat template leaves out the tool calls of the assistant. {TOOLS_REMEDY}, or remove such rows."
-            )
-        if not any(message_texts(message)) and not calls_of(message):
-            raise ValueError(
-                f"the chat template leaves out turn {part.turn} ({message['role']}), which has thinking alone. Choose "
-                "a template that renders it (`chat_template_path`), or take the turn out of the data."
-            )
-        logger.warning_once(f"The chat template leaves out {part.name}: it is not trained.")
-
-    def _probe_contents(self) -> None:
-        try:
-            self.spans, missing, written = self._known.spans.probe(self.text, self.messages, self.render)
-        except ValueError:  # it takes no such content
-            missing, written = {*range(len(self.messages))}, []
-        for turn in sorted(missing):
-            self._check_is_rendered(turn, message_texts(self.messages[turn]))
-        in_parts = any(isinstance(message.get("content"), list) for message in self.messages)
-        in_parts = in_parts or isinstance(self._processing_class, ProcessorMixin)  # for which `render` makes parts
-        if in_parts and any(before.endswith(("'text': '", '"text": "')) for before in written):
-            raise ValueError(
-                "the chat template prints a `content` of several parts as it stands. Make every `content` a text, or "
-                "choose another template (`chat_template_path`)."
-            )
-        if self.spans is not None:
-            self._known.spans.remember(self.messages, self._kinds, written)
-
-    def _check_is_rendered(self, turn: int, texts: list[str]) -> None:
+    def _check_is_rendered(self, turn: int) -> None:
         message = self.messages[turn]
+        texts = message_texts(message)
         left_out = missing_end(texts, self.text)
         if left_out is None and any(texts) and self._renders_the_same_with({**message, "content": ""}, turn):
             left_out = texts[-1][-20:]  # what stands in the text is of another turn
         # Some templates (gpt-oss) leave out what is said beside a tool call
-        if left_out is not None and not message.get("tool_calls"):
+        if left_out is not None and not calls_of(message):
             raise ValueError(
                 f"the chat template leaves out turn {turn} ({message['role']}), which ends in {left_out!r}. Choose "
                 "a template that renders all of the conversation (`chat_template_path`), name the role as the "
@@ -187,10 +143,7 @@ class RenderedConversation:
 
     @functools.cached_property
     def _around(self) -> list[tuple[frozenset, frozenset]]:
-        """
-        The kinds of the messages before each turn and from it on. Templates of thinking models drop what was thought
-        before the last question.
-        """
+        """The kinds of the messages before and from each turn: templates drop thinking before the last question."""
         none: frozenset[tuple] = frozenset()
         before, after = (
             [*itertools.accumulate(kinds, lambda known, kind: known | {kind}, initial=none)]

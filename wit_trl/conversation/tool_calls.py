@@ -23,15 +23,12 @@ def arguments_as_objects(messages: Messages) -> Messages:
     Returns messages in which the `arguments` of every call are an object. OpenAI's API has them as JSON text, of which
     most templates write a text once more.
     """
-    return _convert_arguments(messages, _parse)
+    return _convert_arguments(messages, _as_object)
 
 
 def arguments_as_texts(messages: Messages) -> Messages:
     """Returns messages in which the `arguments` of every call are JSON text: that of the data, if it has one."""
-    return _convert_arguments(
-        messages,
-        lambda arguments: arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-    )
+    return _convert_arguments(messages, _as_text)
 
 
 def is_written_as_python(messages: Messages, text: str, render: Callable[[Messages], str]) -> bool:
@@ -59,8 +56,7 @@ def null_arguments(messages: Messages) -> Iterator[tuple[int, Any, str]]:
         calls = message.get("tool_calls") if isinstance(message, dict) else None
         for call in calls if isinstance(calls, list) else ():
             function = function_of(call) if isinstance(call, dict) else None
-            arguments = function.get("arguments") if isinstance(function, dict) else None
-            if isinstance(function, dict) and isinstance(arguments, dict):
+            if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), dict):
                 yield from ((turn, function.get("name"), key) for key, value in arguments.items() if value is None)
 
 
@@ -93,11 +89,15 @@ def _convert_call(call: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
-def _parse(arguments: Any) -> dict[str, Any]:
+def _as_object(arguments: Any) -> dict[str, Any]:
     arguments = _parse_json(arguments or "{}", "`arguments`")
     if not isinstance(arguments, dict):
         raise ValueError(f"`arguments` must be an object, or its JSON, but is {arguments!r}.")
     return arguments
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _parse_json(value: Any, name: str) -> Any:

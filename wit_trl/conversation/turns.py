@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from .._upstream import common_prefix_length
-from .content_spans import Span
+from .parts import Span
 from .rendering import RenderedConversation
 from .template_memory import Turn
 from .token_positions import TokenPositions
@@ -24,16 +24,13 @@ class Conversation(RenderedConversation):
     """
     A conversation as the chat template renders it, and what each turn adds to it.
 
-    Where a template does not mark the assistant's turns, they are found by rendering: a turn is what it adds to the
-    rendering of the conversation before it, and the assistant's answer begins after the generation prompt. With a
-    `memory` a template needs that once for each two roles that follow each other.
+    Where a template does not mark the assistant's turns, they are found by rendering. A turn is what it adds to the
+    rendering of the turns before it. The assistant's answer begins after the generation prompt. With a `memory`, a
+    template needs this once for each two roles that follow each other.
     """
 
     def assistant_masks(self, input_ids: list[int], only_last: bool = False) -> list[int]:
-        """
-        Returns 1 for the tokens of the assistant's answers, or of the last one, with their end-of-turn tokens, and 0
-        for all others.
-        """
+        """Returns 1 for the tokens of all answers, or of the last one, with their end-of-turn tokens, else 0."""
         masks = [0] * len(input_ids)
         positions = self.positions(input_ids)
         for turn in self.answers()[-1:] if only_last else self.answers():
@@ -48,12 +45,12 @@ class Conversation(RenderedConversation):
 
     def render_prompt(self, number_of_turns: int) -> str:
         """
-        Returns the first turns, rendered with the generation prompt. Raises `ValueError` where TRL would take the end
-        of this prompt for completion.
+        Returns the first turns, rendered with the generation prompt. Raises `ValueError` where TRL would count the end
+        of this prompt as completion.
         """
         rendered = self.render(self.messages[:number_of_turns], add_generation_prompt=True)
         if not self.text.startswith(rendered):
-            self.text_before(number_of_turns)
+            self._text_before(number_of_turns)
         return rendered
 
     def answers(self) -> list[int]:
@@ -65,7 +62,7 @@ class Conversation(RenderedConversation):
         return positions.at(self._start_of_answer(turn), turn), self.end_of_turn(turn, positions)
 
     def _turn(self, turn: int) -> Turn:
-        """Returns what is remembered of the beginning of such a turn, where contents are found."""
+        """Returns what is remembered of the beginning of such a turn. Nothing is where contents are not found."""
         if self.spans is None:
             return Turn()
         is_last = turn == len(self.messages) - 1
@@ -73,12 +70,14 @@ class Conversation(RenderedConversation):
         return self._known.turns.setdefault(key, Turn())
 
     def start_of_turn(self, turn: int) -> int:
-        """Returns its first character. Raises `ValueError` as `text_before` does."""
-        if turn in (0, len(self.messages)):
-            return len(self.text) if turn else 0
-        known = self._turn(turn)
-        _, end = self.spans[turn - 1] if self.spans else (0, 0)
-        start, has_content = self.spans[turn] if self.spans else (0, 0)
+        """Returns its first character. Raises `ValueError` as `_text_before` does."""
+        if turn == 0:
+            return 0
+        if turn == len(self.messages):
+            return len(self.text)
+        if self.spans is None:
+            return len(self._text_before(turn))
+        known, (_, end), (start, has_content) = self._turn(turn), self.spans[turn - 1], self.spans[turn]
         found = set()
         if end and known.tail is not None and self.text.startswith(known.tail, end):
             found.add(end + len(known.tail))
@@ -86,7 +85,7 @@ class Conversation(RenderedConversation):
             found.add(start - len(known.head))
         if len(found) == 1:
             return found.pop()
-        character = len(self.text_before(turn))
+        character = len(self._text_before(turn))
         if end and end <= character:
             known.tail = self.text[end:character]
         if has_content and character <= start:
@@ -113,10 +112,8 @@ class Conversation(RenderedConversation):
             known.opening = self.text[before:start]
         return start
 
-    def text_before(self, turn: int) -> str:
+    def _text_before(self, turn: int) -> str:
         """Returns the rendering of the turns before. Raises `ValueError` unless the whole begins with it."""
-        if turn == 0:
-            return ""
         text = self.render(self.messages[:turn])
         # Some templates end every rendering with the EOS token (Phi-3), or the last turn (gpt-oss)
         before = text.removesuffix(self._tokens.tokenizer.eos_token or "")
@@ -130,9 +127,9 @@ class Conversation(RenderedConversation):
         return text if self.text.startswith(text) else before
 
     def end_of_turn(self, turn: int, positions: TokenPositions) -> int:
-        """Returns the token after it. One that merges its end with the next turn belongs to the next."""
+        """Returns the position after its last token. A token that merges its end with the next turn is the next's."""
         end = positions.at(self.start_of_turn(turn + 1), turn + 1)
-        # An answer may end in a special token that follows it, as it has no end-of-turn token itself
+        # Some answers end in the special token that begins the next turn, as they have no end-of-turn token (GLM-4)
         is_answer = self.messages[turn]["role"] == "assistant"
         return end + (is_answer and positions.is_added(end) and self._ends_in_next(turn))
 
@@ -155,15 +152,14 @@ class Conversation(RenderedConversation):
         return TokenPositions(self.text, input_ids, self._tokens, self._tokenize_beginning)
 
     def _tokenize_beginning(self, character: int, turns: int) -> list[int]:
-        """Returns the tokens of the text up to a character, in which the images of this number of turns are."""
+        """Returns the tokens of the text up to a character, with the images of this number of turns."""
         text = self.text[:character]
         if not isinstance(self._processing_class, ProcessorMixin):
             return self._tokens.of(text)
         messages = prepare_multimodal_messages(self.messages[:turns])
         images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-        kwargs = {key: value for key, value in self.template_kwargs.items() if key == "return_tensors"}
-        kwargs |= self.template_kwargs.get("processor_kwargs", {})
+        kwargs = {"return_tensors": "pt", **self.template_kwargs.get("processor_kwargs", {})}
         if text.startswith(self._tokens.tokenizer.bos_token or "\0"):
             kwargs["add_special_tokens"] = False
         input_ids = self._processing_class(text=[text], images=[images] if images else None, **kwargs)["input_ids"]
-        return [int(token) for token in input_ids[0]]
+        return input_ids[0].tolist()
