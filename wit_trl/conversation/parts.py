@@ -9,6 +9,7 @@ What each turn says (its texts, thinking and tool calls), and where a chat templ
    conversation without it is rendered the same.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -45,7 +46,7 @@ def find_contents(
     """
     texts = _texts(messages)
     keys = [*_keys(texts, kinds)]
-    if all(key in known for key in keys):
+    with contextlib.suppress(KeyError):
         spans = _match(text, texts, [known[key] for key in keys], len(messages))
         if spans is not None:
             return spans, set()
@@ -103,8 +104,10 @@ def _match(text: str, texts: list[tuple[int, str]], written: list[str], turns: i
         return None
     spans: list[Span] = [(0, 0)] * turns
     for (turn, content), following in zip(texts, written[1:], strict=True):
-        variant = next((each for each in _variants(content) if text.startswith(each + following, position)), None)
-        if variant is None:
+        for variant in _variants(content):
+            if text.startswith(variant + following, position):
+                break
+        else:
             return None
         start = spans[turn][0] if spans[turn][1] else position
         spans[turn] = (start, position + len(variant))

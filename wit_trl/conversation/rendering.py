@@ -19,7 +19,7 @@ from .chat_template import TOOLS_REMEDY, ProcessingClass
 from .messages import Messages, message_texts, missing_end
 from .parts import find_contents, parts
 from .template_memory import TemplateMemory, kind_of
-from .tool_calls import arguments_as_objects, arguments_as_texts, calls_of, is_written_as_python, read_tools
+from .tool_calls import calls_of, read_tools, render_calls
 
 
 logger = logging.get_logger(__name__)
@@ -41,14 +41,14 @@ class RenderedConversation:
         row: dict[str, Any],  # its `"tools"` (a list or JSON) and `"chat_template_kwargs"` go to the template
         memory: TemplateMemory | None = None,  # what other conversations told of the template
     ):
-        self.messages = arguments_as_objects(messages)
         self._processing_class = processing_class
         template_kwargs = row.get("chat_template_kwargs")
         if not isinstance(template_kwargs, dict | None):
             raise ValueError(f"`chat_template_kwargs` must be a dict, but is {template_kwargs!r}.")
         tools = read_tools(row.get("tools"))
         self.template_kwargs = {"chat_template": chat_template, "tools": tools, **(template_kwargs or {})}
-        self.text = self._render_all(messages)
+        self.messages = messages  # `render` reads their number
+        self.messages, self.text = render_calls(messages, self.render)
         self._memory = memory = memory or TemplateMemory(processing_class)
         self._tokens = memory.tokens
         self._known = memory.of(self.template_kwargs)
@@ -62,26 +62,6 @@ class RenderedConversation:
         for turn in sorted(missing):
             self._check_is_rendered(turn)
         self._check_parts()
-
-    def _render_all(self, messages: Messages) -> str:
-        """
-        Returns the text of all turns. Most templates want the `arguments` of a call as an object. Some want them as
-        text (DeepSeek-V3): they raise an error, or write an object in Python's form.
-        """
-        if not any(map(calls_of, messages)):
-            return self.render(self.messages)
-        try:
-            text = self.render(self.messages)
-            if not is_written_as_python(self.messages, text, self.render):
-                return text
-        except ValueError:
-            text = None
-        of_objects, self.messages = self.messages, arguments_as_texts(messages)
-        try:
-            return self.render(self.messages)
-        except ValueError:
-            self.messages = of_objects
-            return text or self.render(of_objects)
 
     def render(self, messages: Messages, **kwargs: Any) -> str:
         """Returns the text of some of the turns. Raises `ValueError` if the template does."""

@@ -26,13 +26,29 @@ def arguments_as_objects(messages: Messages) -> Messages:
     return _convert_arguments(messages, _as_object)
 
 
-def arguments_as_texts(messages: Messages) -> Messages:
-    """Returns messages in which the `arguments` of every call are JSON text: that of the data, if it has one."""
-    return _convert_arguments(messages, _as_text)
+def render_calls(messages: Messages, render: Callable[[Messages], str]) -> tuple[Messages, str]:
+    """
+    Returns messages with the `arguments` of every call in the form that a template wants, and their text. Most
+    templates want an object. Some want JSON text (DeepSeek-V3): they raise an error, or write an object in Python's
+    form. JSON text is that of the data, if this has one.
+    """
+    if not any(map(calls_of, messages)):
+        return messages, render(messages)
+    of_objects = arguments_as_objects(messages)
+    try:
+        text = render(of_objects)
+        if not _is_written_as_python(of_objects, text, render):
+            return of_objects, text
+    except ValueError:
+        text = ""
+    try:
+        of_texts = _convert_arguments(messages, _as_text)
+        return of_texts, render(of_texts)
+    except ValueError:
+        return of_objects, text or render(of_objects)
 
 
-def is_written_as_python(messages: Messages, text: str, render: Callable[[Messages], str]) -> bool:
-    """Whether a template writes the arguments of a call in Python's form, which is not JSON."""
+def _is_written_as_python(messages: Messages, text: str, render: Callable[[Messages], str]) -> bool:
     of_calls = (function_of(call).get("arguments") for message in messages for call in calls_of(message))
     if not any(str(arguments) in text for arguments in of_calls if arguments):
         return False
@@ -51,7 +67,7 @@ def function_of(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def null_arguments(messages: Messages) -> Iterator[tuple[int, Any, str]]:
-    """Yields the turn, the function and the name of every argument that is null, of messages that nobody checked."""
+    """Yields the turn, the function and the name of every argument that is null. Nobody checked the messages."""
     for turn, message in enumerate(messages):
         calls = message.get("tool_calls") if isinstance(message, dict) else None
         for call in calls if isinstance(calls, list) else ():

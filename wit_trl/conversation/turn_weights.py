@@ -39,17 +39,20 @@ def weigh_conversation(
         the template writes, where this has a weight.
     """
     only_last = structure.completion_turns == "last"
+    answers = [turn for turn in conversation.answers() if turn >= first_answer]
+    if only_last:
+        answers = answers[-1:]
     regions = marked
     if regions is None:
         regions = conversation.assistant_masks(input_ids, only_last)
     elif only_last and first_answer < len(conversation.messages) - 1:
-        turn, positions = conversation.answers()[-1], conversation.positions(input_ids)
+        turn, positions = answers[-1], conversation.positions(input_ids)
         if first_answer:  # the completion has the headers of its turns too
             start, end = conversation.answer(turn, positions)
         else:  # the template tells a header from an answer
             start, end = positions.at(conversation.start_of_turn(turn), turn), conversation.end_of_turn(turn, positions)
         regions = [region if start <= position < end else 0 for position, region in enumerate(regions)]
-    return regions, _data_weights(conversation, input_ids, regions, structure, first_answer)
+    return regions, _data_weights(conversation, input_ids, regions, structure, answers)
 
 
 def _data_weights(
@@ -57,7 +60,7 @@ def _data_weights(
     input_ids: list[int],
     regions: list[int],
     structure: StructureWeights,
-    first_answer: int,
+    answers: list[int],
 ) -> np.ndarray:
     messages, tools = conversation.messages, conversation.template_kwargs["tools"]
     of_messages = [1.0 if message.get("weight") is None else message["weight"] for message in messages]
@@ -74,9 +77,6 @@ def _data_weights(
         weights[start:end] = of_tools
     weights *= _spread(conversation, of_messages, "`weight`", positions)
     if template_weight != 1:
-        answers = [turn for turn in conversation.answers() if turn >= first_answer]
-        if structure.completion_turns == "last":
-            answers = answers[-1:]
         of_template = np.where(np.asarray(regions) == 0, np.float32(template_weight), 1)
         for start, end in [*of_schemas, *_contents(conversation, positions, answers)]:
             of_template[start:end] = 1

@@ -119,7 +119,7 @@ def show_page(
 def html_page(
     title: str, rows: list[dict], tokenizer: PreTrainedTokenizerBase, report: WeightReport, epochs: float, image: bytes
 ) -> str:
-    """Returns as HTML: a title of any number of lines, what `show_page` prints, and the histogram (PNG)."""
+    """Returns HTML: the title, of any number of lines, what `show_page` prints, and the histogram (PNG)."""
     console = Console(file=io.StringIO(), record=True, width=1000)  # the browser wraps
     show_page(console, rows, tokenizer, report, epochs)
     return page("wit-trl inspect", title, console, image, "Lengths of prompts and completions")

@@ -24,10 +24,10 @@ logger = get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
-# At most this number of rows of a prepared `Dataset` is counted, which takes a few seconds. Of a stream, which prepares
-# each row for it, and of rows that nobody prepared, which are read in Python, `STREAMED_ROWS` are counted
+# Of a prepared `Dataset`, at most this number of rows is counted, which takes a few seconds. Other rows are slower: a
+# stream prepares each for it, and rows that nobody prepared are read in Python. Of these, `STREAMED_ROWS` are counted
 STORED_ROWS = 1_000_000
-# Prepared rows lack them: their `completion_mask` and `token_weights` hold all of it
+# Prepared rows have none of these: their `completion_mask` and `token_weights` hold all of it
 _COLUMNS_THE_COLLATOR_READS = {"labels", "assistant_masks", "attention_mask", "weight"}
 # What truncation does to rows: the column whose sum it is, and what the table calls it
 _CUTS = {
@@ -54,8 +54,8 @@ class WeightReport:
     data_nonzero: dict[int, int]  # number of tokens whose data weight is not zero
     data_weight: dict[int, float]  # sum of the data weights
     data_weights: tuple[float, float]  # the smallest and the largest data weight of a token
-    # Number of prompt tokens and of completion tokens of each row or document. Where the preparation noted it, that is
-    # before truncation, and of the dropped rows too
+    # Number of prompt tokens and of completion tokens of each row or document: before truncation and with the dropped
+    # rows, where the preparation noted this
     lengths: tuple[np.ndarray, np.ndarray]
     # Numbers of rows, `None` if unknown
     truncated: int | None = None  # cut to `max_length`

@@ -40,9 +40,8 @@ TERMS = [*dict.fromkeys(name for pair in [*MEANS.values(), *MEANS_OF_TRL.values(
 
 def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """
-    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`. `outputs` are those of
-    `weighted_forward`. They are of shape `(B, T)`, as the weights and the regions are (1 completion, 0 prompt, -100
-    none).
+    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`. The outputs of
+    `weighted_forward`, the weights and the regions (1 completion, 0 prompt, -100 none) are of shape `(B, T)`.
     """
     nll, entropy, correct = -outputs.log_probs.float(), outputs.entropy.detach().float(), outputs.is_top1
     prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
@@ -87,7 +86,7 @@ class TrainingSums(TrainerCallback):
         self._micro_batches = 0
         self._has_aux_loss = False
         self._num_tokens = 0  # of all ranks, up to the last log
-        self._num_tokens_before = 0  # this training
+        self._num_tokens_before = 0  # of all ranks, before this training
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self._sums.zero_()
