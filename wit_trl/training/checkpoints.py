@@ -58,7 +58,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, args: WITSFT
 
 
 def _last_complete_checkpoint(output_dir: str) -> str | None:
-    """Returns the last checkpoint that has its state. This is written last: a kill or a full disk may cut saving off."""
+    """Returns the last checkpoint with a state. It is written last: no kill and no full disk cut the saving off."""
     for folder in reversed(sort_checkpoints(output_dir)):
         if _read_state(folder) is not None:
             return folder
