@@ -12,10 +12,9 @@ from trl.chat_template_utils import has_generation_markers
 
 from wit_trl.conversation.chat_template import training_chat_template
 from wit_trl.conversation.messages import check_messages
-from wit_trl.conversation.rendering import logger
 from wit_trl.conversation.template_memory import TemplateMemory
 from wit_trl.conversation.turn_weights import weigh_conversation
-from wit_trl.conversation.turns import Conversation
+from wit_trl.conversation.turns import Conversation, logger
 from wit_trl.weights import StructureWeights
 
 from .conftest import CALLS, CHAT, EMPTY, SPECIAL_TEXT, TEMPLATES, TOOLS
