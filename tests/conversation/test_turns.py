@@ -365,6 +365,13 @@ def test_whitespace_that_a_template_changes(template_tokenizer):
     Conversation(messages, template_tokenizer, template, {})
 
 
+def test_content_is_found_where_the_template_trims_it_and_then_writes_the_same_whitespace(template_tokenizer):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    messages = [{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": "\nYes \n"}]
+    conversation = Conversation(messages, template_tokenizer, template, {})
+    assert [conversation.text[start:end] for start, end in conversation.spans] == ["Hi", "Yes"]
+
+
 def test_weight_of_a_message_that_is_rendered_inside_the_next_is_refused(template_tokenizer):
     template = (
         "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
