@@ -6,10 +6,9 @@ import re
 import pytest
 
 from wit_trl.conversation.messages import read_messages
-from wit_trl.conversation.rendering import logger
 from wit_trl.conversation.template_memory import TemplateMemory
 from wit_trl.conversation.tool_calls import null_arguments
-from wit_trl.conversation.turns import Conversation
+from wit_trl.conversation.turns import Conversation, logger
 
 from .conftest import CALLS, TEMPLATES, TOOLS
 from .test_turns import spans

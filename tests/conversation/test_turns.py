@@ -12,10 +12,10 @@ from trl.chat_template_utils import has_generation_markers
 
 from wit_trl.conversation.chat_template import training_chat_template
 from wit_trl.conversation.messages import check_messages
-from wit_trl.conversation.rendering import logger
 from wit_trl.conversation.template_memory import TemplateMemory
-from wit_trl.conversation.turn_weights import turn_weights
-from wit_trl.conversation.turns import Conversation
+from wit_trl.conversation.turn_weights import weigh_conversation
+from wit_trl.conversation.turns import Conversation, logger
+from wit_trl.weights import StructureWeights
 
 from .conftest import CALLS, CHAT, EMPTY, SPECIAL_TEXT, TEMPLATES, TOOLS
 
@@ -61,7 +61,8 @@ REWRITING = ["qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"]
 
 
 def weights_of(conversation):
-    return turn_weights(conversation, conversation.tokenize()["input_ids"])
+    input_ids = conversation.tokenize()["input_ids"]
+    return weigh_conversation(conversation, input_ids, [0] * len(input_ids), StructureWeights())[1]
 
 
 def spans(tokenizer, input_ids, masks):
@@ -162,7 +163,7 @@ def test_each_token_has_the_weight_of_its_message(name, render, template_tokeniz
         (turn,) = spans(template_tokenizer, input_ids, [w == weight for w in weights])
         assert message["content"] in turn
         assert not any(other["content"] in turn for other in CHAT if other is not message)
-    assert not len(weights_of(render(name, CHAT)))
+    assert set(weights_of(render(name, CHAT)).tolist()) == {1}
 
 
 def test_turns_are_found_where_tokens_merge_across_them(tokenizer):
@@ -364,6 +365,13 @@ def test_whitespace_that_a_template_changes(template_tokenizer):
     Conversation(messages, template_tokenizer, template, {})
 
 
+def test_content_is_found_where_the_template_trims_it_and_then_writes_the_same_whitespace(template_tokenizer):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    messages = [{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": "\nYes \n"}]
+    conversation = Conversation(messages, template_tokenizer, template, {})
+    assert [conversation.text[start:end] for start, end in conversation.spans] == ["Hi", "Yes"]
+
+
 def test_weight_of_a_message_that_is_rendered_inside_the_next_is_refused(template_tokenizer):
     template = (
         "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
@@ -453,7 +461,7 @@ def outcome(messages, *args):
     try:
         conversation = Conversation(messages, *args)
         input_ids = conversation.tokenize()["input_ids"]
-        return conversation.assistant_masks(input_ids), turn_weights(conversation, input_ids).tolist()
+        return conversation.assistant_masks(input_ids), weights_of(conversation).tolist()
     except ValueError as error:
         return str(error)
 

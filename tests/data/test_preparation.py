@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig, SFTTrainer
 
 from wit_trl import DataCollatorForWIT
-from wit_trl.conversation.rendering import RenderedConversation
+from wit_trl.conversation.turns import Conversation
 from wit_trl.weights import token_weights
 
 from ..conftest import CHAT_TEMPLATES
@@ -257,11 +257,11 @@ def test_message_weights_with_the_template_of_assistant_only_loss(make_model, to
 
 
 def test_other_tokens_than_those_of_the_own_template_are_told(messages, make_model, tokenizer, config_kwargs, caplog):
-    inspect.getmodule(RenderedConversation).logger.warning_once.cache_clear()
+    inspect.getmodule(Conversation).logger.warning_once.cache_clear()
     make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
     assert "rendered with TRL's training version of the chat template" in caplog.text
     caplog.clear()
-    inspect.getmodule(RenderedConversation).logger.warning_once.cache_clear()
+    inspect.getmodule(Conversation).logger.warning_once.cache_clear()
     tokenizer.chat_template = PLAIN_TEMPLATE
     make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
     assert "training version" not in caplog.text

@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from trl import SFTConfig
 
 from wit_trl import DataCollatorForWIT, WITSFTTrainer
-from wit_trl.conversation.rendering import RenderedConversation
+from wit_trl.conversation.turns import Conversation
 from wit_trl.data.preparation import DataPreparation
 
 from ..helpers import make_trainer
@@ -255,6 +255,6 @@ def test_template_that_leaves_out_the_end_of_turn_warns(messages, make_model, to
         "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
         "{% else %}{{ message.content }}{% endif %}<|eot_id|>{% endfor %}"
     )
-    inspect.getmodule(RenderedConversation).logger.warning_once.cache_clear()
+    inspect.getmodule(Conversation).logger.warning_once.cache_clear()
     make_trainer(make_model, tokenizer, None, config_kwargs, train_dataset=messages)
     assert "The chat template leaves the end-of-turn token out of the assistant's turn" in caplog.text

@@ -1,6 +1,7 @@
 """Which chat template conversations are rendered with, and the tokenizer of a processor."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 import trl
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -14,6 +15,7 @@ from trl.chat_template_utils import (
 
 logger = logging.get_logger(__name__)
 
+ProcessingClass: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 _OF_TRL = Path(trl.__file__).parent / "chat_templates"
 TOOLS_REMEDY = (
     "Choose a template that supports tools: set `chat_template_path` to a model that has one, or to a file such as "
@@ -21,18 +23,15 @@ TOOLS_REMEDY = (
 )
 
 
-def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+def tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
     """Returns the tokenizer, which may be part of a processor."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def training_chat_template(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin, tools: bool = False
-) -> str | None:
+def training_chat_template(processing_class: ProcessingClass, tools: bool = False) -> str | None:
     """
-    Returns the chat template to train with: TRL's training version of the own one, where that has no
-    `{% generation %}` marks and TRL has such a version, else the own one. `None` if there is none. Of named variants,
-    the one for rows with `tools` may be another.
+    Returns the chat template to train with, `None` if there is none. Where the own one has no `{% generation %}` marks
+    and TRL has a training version of it, it is this version. Of named variants, rows with `tools` may have another.
     """
     own = processing_class.chat_template
     if isinstance(own, dict):
@@ -47,11 +46,8 @@ def training_chat_template(
         return own
 
 
-def chosen_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str:
-    """
-    Returns `training_chat_template`, with warnings of what it changes or leaves out. Raises `ValueError` if there is
-    none.
-    """
+def chosen_chat_template(processing_class: ProcessingClass) -> str:
+    """Returns `training_chat_template`, with warnings of what it changes. Raises `ValueError` if there is none."""
     own, chat_template = processing_class.chat_template, training_chat_template(processing_class)
     if chat_template is None:
         raise ValueError(
@@ -63,9 +59,8 @@ def chosen_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMi
             "The conversations are rendered with TRL's training version of the chat template, as with "
             "`assistant_only_loss=True`, so their tokens may differ from those of the own template."
         )
-    if has_generation_markers(chat_template) and not is_chat_template_stop_token_trained(
-        processing_class, chat_template=chat_template
-    ):
+    has_marks = has_generation_markers(chat_template)
+    if has_marks and not is_chat_template_stop_token_trained(processing_class, chat_template=chat_template):
         logger.warning_once(
             "The chat template leaves the end-of-turn token out of the assistant's turn. It counts as prompt, so the "
             "model may not learn to stop. Move it inside `{% generation %}` in the template."

@@ -12,32 +12,34 @@ from ..weights import check_weight
 Messages = list[dict[str, Any]]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 THINKING = ("reasoning_content", "reasoning", "thinking")  # of an assistant, before its answer
-# By which other libraries leave a message out of the loss
+# Keys by which other libraries leave a message out of the loss
 _LOSS_KEYS = {"loss", "loss_mask", "loss_scale", "mask", "masked", "train", "train_detail", "trainable"}
 _LOSS_KEYS |= {"training", "training_detail"}
 
 
 def read_messages(row: dict[str, Any], column: str) -> Messages:
     """
-    Returns the messages of a column. Raises `ValueError` as `check_messages` does.
+    Returns the messages of a column, after the turn of a `system` column. Raises `ValueError` as `check_messages` does.
 
     ShareGPT has `from` and `value` in the place of role and content, and calls the user `human` and the assistant
     `gpt`. Chat templates do not know these names.
     """
     turns = row.get(column)
-    has_turns = isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
-    if has_turns or column == "conversations":
+    is_sharegpt = column == "conversations"
+    if isinstance(turns, list):
+        is_sharegpt |= any(isinstance(turn, dict) and "from" in turn for turn in turns)
+    if is_sharegpt:
         turns = maybe_convert_to_chatml({"conversations": copy.deepcopy(turns)})["messages"]
     messages = [_without_nulls(message) for message in check_messages(turns, column)]
-    if has_turns or column == "conversations":
+    if is_sharegpt:
         messages = [{**m, "role": SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages]
     return messages if column == "completion" else _with_system(row.get("system"), messages, column)
 
 
 def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     """
-    Returns a message without what is null in it, at any depth. Arrow adds a null for each key that only other rows
-    have. A template would write it.
+    Returns a message without the nulls in it, at any depth. Arrow adds a null for each key that only other rows have.
+    A template would write it.
     """
     if all(isinstance(value, str) for value in message.values()):  # most messages
         return message
@@ -48,7 +50,6 @@ def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_system(system: Any, messages: Messages, column: str) -> Messages:
-    """Returns messages that begin with the turn of a `system` column, if a row has one."""
     if system is None or system == "":
         return messages
     if not isinstance(system, str):
@@ -60,7 +61,7 @@ def _with_system(system: Any, messages: Messages, column: str) -> Messages:
 
 
 def check_messages(messages: Any, column: str) -> Messages:
-    """Returns the messages of a row. Raises `ValueError` if they are none, or lack a role or a content."""
+    """Returns the messages of a row. Raises `ValueError` if there are none, or one lacks a role or a content."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"`{column}` must be a list of messages, but is {messages!r}. Fill it in (parse it, if it is JSON), or "
@@ -69,29 +70,23 @@ def check_messages(messages: Any, column: str) -> Messages:
     for turn, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"turn {turn} of `{column}` must have a `role`, but is {message!r}.")
-        content = message.get("content")
-        others = ("tool_calls", *THINKING)
-        if not isinstance(content, str | list) and (content is not None or not any(map(message.get, others))):
-            raise ValueError(
-                f"turn {turn} of `{column}` ({message['role']}) must have a `content`, but it is {content!r}. Fill it "
-                "in or remove the row."
-            )
+        name, content = f"turn {turn} of `{column}` ({message['role']})", message.get("content")
+        may_lack_content = content is None and any(map(message.get, ("tool_calls", *THINKING)))
+        if not isinstance(content, str | list) and not may_lack_content:
+            raise ValueError(f"{name} must have a `content`, but it is {content!r}. Fill it in or remove the row.")
         for part in content if isinstance(content, list) else ():
-            if (
-                not isinstance(part, dict)
-                or not part.get("type")
-                or (part["type"] == "text" and not isinstance(part.get("text"), str))
-            ):
+            is_part = isinstance(part, dict) and part.get("type")
+            if not is_part or (part["type"] == "text" and not isinstance(part.get("text"), str)):
                 raise ValueError(
-                    f"turn {turn} of `{column}` ({message['role']}) has the part {part!r}. Write a part as `{{'type': "
-                    "'text', 'text': ...}` or `{'type': 'image'}`."
+                    f"{name} has the part {part!r}. Write a part as `{{'type': 'text', 'text': ...}}` or "
+                    "`{'type': 'image'}`."
                 )
         for text in message_texts(message):
-            check_unicode(text, f"turn {turn} of `{column}` ({message['role']})")
+            check_unicode(text, name)
         if found := sorted(key for key in _LOSS_KEYS & message.keys() if message[key] is not None):
             raise ValueError(
-                f"turn {turn} of `{column}` ({message['role']}) has {found}, by which other libraries leave a turn out "
-                "of the loss. It has no effect here. Rename it to `weight`: 0 leaves a turn out, 1 trains it."
+                f"{name} has {found}, by which other libraries leave a turn out of the loss. It has no effect here. "
+                "Rename it to `weight`: 0 leaves a turn out, 1 trains it."
             )
         check_weight(message.get("weight"), f"the `weight` of turn {turn} of `{column}`")
     return messages
@@ -122,11 +117,10 @@ def message_texts(message: dict[str, Any]) -> list[str]:
 
 
 def missing_end(texts: list[str], rendered: str) -> str | None:
-    """Returns the end of the first text that is not rendered. Templates change whitespace, and leave out thinking."""
-    squeezed = ""
+    """Returns the end of the first text that is not rendered. Templates may change whitespace and drop thinking."""
+    squeezed = "".join(rendered.split())
     for text in texts:
         end = text.rpartition("</think>")[2].strip()[-20:]
-        squeezed = squeezed or "".join(rendered.split())
         if "".join(end.split()) not in squeezed:
             return end
     return None

@@ -1,20 +1,138 @@
-"""What a message has beside its content, which a chat template may leave out without an error."""
+"""
+What each turn says (its texts, thinking and tool calls), and where a chat template writes it.
 
-from collections.abc import Iterator
+1. `find_contents` returns which characters of the rendered text each content is. The conversation is rendered once more
+   with a probe in the place of each text. This shows what the template writes around them. It is remembered, so that
+   most conversations need no probes. The texts and what is written around them must make the real rendering again,
+   character for character.
+2. `parts` lists what stands beside contents. A template may leave it out without an error, which shows where the
+   conversation without it is rendered the same.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from .chat_template import TOOLS_REMEDY
 from .messages import THINKING, Messages, message_texts
 from .tool_calls import calls_of, function_of
+
+
+# Around the number of a text: the first pair that the conversation has not. Python's form of a list escapes the last
+_PAIRS = (("\u2e22", "\u2e23"), ("\u2e24", "\u2e25"), ("\ue000", "\ue001"))
+
+Span = tuple[int, int]
+_ONE_CALL = "Make a turn of each call, choose a template that writes all (`chat_template_path`), or remove such rows"
+_NO_THINKING = "Choose a template that renders it (`chat_template_path`), or take the turn out of the data"
+
+
+def find_contents(
+    text: str,
+    messages: Messages,
+    kinds: list[tuple],  # of the messages: what decides about what is written around them
+    known: dict[tuple, str],  # what is written before, between and after texts; it grows
+    render: Callable[[Messages], str],
+    in_parts: bool,  # whether it renders contents of several parts
+) -> tuple[list[Span] | None, set[int]]:
+    """
+    Returns the span of each turn, from its first to its last text, `(0, 0)` if it has none, and the turns of which a
+    text is not rendered. There are no spans (`None`) where the template changes what messages say.
+
+    Raises:
+        `ValueError`: the template prints contents of several parts as they stand.
+    """
+    texts = _texts(messages)
+    keys = [*_keys(texts, kinds)]
+    with contextlib.suppress(KeyError):
+        spans = _match(text, texts, [known[key] for key in keys], len(messages))
+        if spans is not None:
+            return spans, set()
+    before, after = next((pair for pair in _PAIRS if pair[0] not in text), _PAIRS[0])
+    probes = (f"{before}{number}{after}" for number in itertools.count())
+    try:
+        rendered = render([_with_probes(message, probes) for message in messages])
+    except ValueError:  # the template takes no such content
+        return None, {*range(len(messages))}
+    pieces = re.split(f"{before}(\\d+){after}", rendered)
+    written, order = pieces[::2], [int(number) for number in pieces[1::2]]
+    if in_parts and any(each.endswith(("'text': '", '"text": "')) for each in written):
+        raise ValueError(
+            "the chat template prints a `content` of several parts as it stands. Make every `content` a text, or "
+            "choose another template (`chat_template_path`)."
+        )
+    spans = None
+    if order == [*range(len(texts))]:  # each of them once
+        spans = _match(text, texts, written, len(messages))
+    if spans is not None:
+        known.update(zip(keys, written, strict=True))
+    return spans, {turn for number, (turn, _) in enumerate(texts) if number not in order}
+
+
+def _texts(messages: Messages) -> list[tuple[int, str]]:
+    """Returns each text with its turn. A blank content is none: templates may omit it."""
+    return [
+        (turn, text)
+        for turn, message in enumerate(messages)
+        for text in message_texts(message)
+        if text.strip() or isinstance(message.get("content"), list)
+    ]
+
+
+def _with_probes(message: dict[str, Any], probes: Iterator[str]) -> dict[str, Any]:
+    """Returns the message with a probe in the place of each of its `_texts`."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return {**message, "content": next(probes)} if content.strip() else message
+    return {**message, "content": [{**p, "text": next(probes)} if p["type"] == "text" else p for p in content]}
+
+
+def _keys(texts: list[tuple[int, str]], kinds: list[tuple]) -> Iterator[tuple]:
+    """Yields what decides about what is written before the first text, between two texts, and after the last one."""
+    number_in_turn = 0
+    for before, after in itertools.pairwise([None, *(turn for turn, _ in texts), None]):
+        number_in_turn = number_in_turn + 1 if before == after else 0
+        yield before in (None, 0), after is None, number_in_turn, *kinds[before : None if after is None else after + 1]
+
+
+def _match(text: str, texts: list[tuple[int, str]], written: list[str], turns: int) -> list[Span] | None:
+    """Returns the span of each turn. `None` if the texts and what is `written` around them do not make the `text`."""
+    position = len(written[0])
+    if not text.startswith(written[0]):
+        return None
+    spans: list[Span] = [(0, 0)] * turns
+    for (turn, content), following in zip(texts, written[1:], strict=True):
+        for variant in _variants(content):
+            if text.startswith(variant + following, position):
+                break
+        else:
+            return None
+        start = spans[turn][0] if spans[turn][1] else position
+        spans[turn] = (start, position + len(variant))
+        position += len(variant + following)
+    return spans if position == len(text) else None
+
+
+def _variants(content: str) -> Iterator[str]:
+    """Yields what templates make of a content: they keep it, trim it, trim its line breaks, or write it as JSON."""
+    yield content
+    for characters in (None, "\n"):
+        yield content.strip(characters)
+        yield content.lstrip(characters)
+        yield content.rstrip(characters)
+    yield json.dumps(content, ensure_ascii=False)[1:-1]
 
 
 class Part(NamedTuple):
     """A tool call, the thinking before an answer, or the content beside calls."""
 
     turn: int
-    kind: str  # `"call"`, `"thinking"` or `"content"`
-    number: int  # of a call in its turn
-    name: str  # what messages call it
+    key: tuple  # tells it from the other parts of its turn
     without: dict[str, Any]  # the message without it
+    name: str
+    remedy: str = ""  # what to do where a template leaves it out; none where the template may
 
 
 def parts(messages: Messages) -> Iterator[Part]:
@@ -27,12 +145,21 @@ def parts(messages: Messages) -> Iterator[Part]:
         calls, has_text = calls_of(message), any(message_texts(message))
         content = message.get("content") or ""
         for number, call in enumerate(calls):
-            name = f"the call of `{function_of(call).get('name')}`"
+            name, remedy = "the tool calls of the assistant", f"{TOOLS_REMEDY}, or remove such rows"
+            if number:
+                function, remedy = function_of(call).get("name"), _ONE_CALL
+                name = f"the call of `{function}`, number {number} of the tool calls in turn {turn}"
             others = [*calls[:number], *calls[number + 1 :]]
-            yield Part(turn, "call", number, name, {**message, "tool_calls": others or None, "content": content})
+            without = {**message, "tool_calls": others or None, "content": content}
+            yield Part(turn, ("call", number, len(calls)), without, name, remedy)
         if calls and has_text:
-            yield Part(turn, "content", 0, "what is said beside tool calls", {**message, "content": ""})
-        if any(map(message.get, THINKING)) and (turn > last_question or not (calls or has_text)):
-            name = "what an assistant thinks before its last answer"
-            without = {key: value for key, value in message.items() if key not in THINKING}
-            yield Part(turn, "thinking", 0, name, {**without, "content": content})
+            without = {**message, "content": ""}
+            yield Part(turn, ("content", len(calls)), without, "what is said beside tool calls")
+        if any(map(message.get, THINKING)):
+            without = {key: value for key, value in message.items() if key not in THINKING} | {"content": content}
+            key = ("thinking", len(calls))
+            if not calls and not has_text:
+                name = f"turn {turn} ({message['role']}), which has thinking alone"
+                yield Part(turn, key, without, name, _NO_THINKING)
+            elif turn > last_question:
+                yield Part(turn, key, without, "what an assistant thinks before its last answer")

@@ -3,10 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-from .chat_template import tokenizer_of
-from .content_spans import ContentSpans
+from .chat_template import ProcessingClass, tokenizer_of
 from .token_positions import Tokens
 
 
@@ -22,20 +19,20 @@ class Turn:
 
 @dataclass
 class Known:
-    """What is known of a template with the same arguments."""
+    """What is known of a template that gets the same arguments."""
 
-    spans: ContentSpans = field(default_factory=ContentSpans)
+    written: dict[tuple, str] = field(default_factory=dict)  # before, between and after contents
     turns: dict[tuple, Turn] = field(default_factory=dict)
     complete: set[tuple] = field(default_factory=set)  # kinds of parts of messages that it does not leave out
 
 
 class TemplateMemory:
     """
-    Remembers what a template writes around contents, how it separates turns, and how that is tokenized. It is found in
-    some conversations, and holds for the others.
+    Remembers what a template writes around contents, how it separates turns, and how that is tokenized. What is found
+    in some conversations holds for the others.
     """
 
-    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin):
+    def __init__(self, processing_class: ProcessingClass):
         self.tokens = Tokens(tokenizer_of(processing_class))
         self._known: dict[str, Known] = {}
 
@@ -52,8 +49,5 @@ def kind_of(message: dict[str, Any]) -> tuple:
         shape: Any = tuple(part["type"] if part["type"] != "text" else bool(part["text"].strip()) for part in content)
     else:
         shape = bool(content and content.strip())
-    return (
-        message["role"],
-        shape,
-        *sorted(k for k, v in message.items() if v and k not in ("role", "content", "weight")),
-    )
+    others = sorted(key for key, value in message.items() if value and key not in ("role", "content", "weight"))
+    return message["role"], shape, *others

@@ -1,5 +1,6 @@
 """Which token of a text a character belongs to."""
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -9,14 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from .._upstream import common_prefix_length
 
 
-_LONGEST_REMEMBERED = 200  # characters
-
-
 class Tokens:
-    """
-    What a tokenizer knows of its added tokens, at which it splits every text before all else, and the tokens of short
-    texts, such as the headers of turns.
-    """
+    """The added tokens of a tokenizer, at which it splits every text before all else, and the tokens of texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -25,26 +20,18 @@ class Tokens:
         self.contents = {token: content.content for token, content in added if not content.single_word}
         self._is_added = np.zeros(max([*self.contents, 0]) + 2, bool)
         self._is_added[[*self.contents]] = True
-        self._remembered: dict[str, list[int]] = {}
+        # Of a text, without those that a tokenizer puts around any. The headers of turns come again and again
+        self.of = functools.lru_cache(256)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def added(self, input_ids: list[int]) -> list[int]:
         """Returns the positions of added tokens."""
         return np.flatnonzero(self._is_added[np.minimum(np.asarray(input_ids, int), len(self._is_added) - 1)]).tolist()
 
-    def of(self, text: str) -> list[int]:
-        """Returns the tokens of a text, without those that a tokenizer puts around any."""
-        tokens = self._remembered.get(text)
-        if tokens is None:
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(text) <= _LONGEST_REMEMBERED:
-                self._remembered[text] = tokens
-        return tokens
-
 
 class TokenPositions:
     """
-    Maps characters of a text to its tokens, as if the text were tokenized up to each of them. Only what follows the
-    last added token before it is tokenized, since that does not depend on what precedes it.
+    Maps characters of a text to its tokens, as if the text were tokenized up to each of them. What is tokenized is only
+    the part after the last added token: it does not depend on what precedes it.
 
     Where added tokens do not tell, `tokenize_beginning` returns the tokens of the text up to a character. It gets the
     character and the number of turns whose images are before it. `input_ids` may be only the first of the tokens.
@@ -56,24 +43,21 @@ class TokenPositions:
         self.count = len(input_ids)
         self._text, self._input_ids, self._tokens = text, input_ids, tokens
         self._tokenize_beginning = tokenize_beginning
-        self._positions = tokens.added(input_ids)
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._added: list[tuple[int, int, int]] = []  # of added tokens: first character, the one after it, position
         end = 0
-        for position in self._positions:
+        for position in tokens.added(input_ids):
             content = tokens.contents[input_ids[position]]
             start = text.find(content, end)
             if start < 0:  # it is not in the text: the processor of a model with images writes more than that
-                self._positions, self._starts, self._ends = [], [], []
+                self._added = []
                 break
             end = start + len(content)
-            self._starts.append(start)
-            self._ends.append(end)
+            self._added.append((start, end, position))
 
     def at(self, character: int, turns: int) -> int:
         """
-        Returns the position of the token that begins at a character, before which the images of so many turns are. A
-        token that begins before it and ends after it counts as after it.
+        Returns the position of the token that begins at a character, before which are the images of this number of
+        turns. A token that begins before the character and ends after it counts as after it.
         """
         return self._find(character, turns)[0]
 
@@ -90,19 +74,16 @@ class TokenPositions:
         """Returns the position, and whether a token begins there."""
         if character <= 0 or character >= len(self._text):
             return (0 if character <= 0 else self.count), True
-        number = bisect_left(self._starts, character)
-        if number < len(self._starts) and self._starts[number] == character:
-            return self._positions[number], True
-        position = 0
-        tokens: list[int] = []
+        number = bisect_left(self._added, (character,))
+        if number < len(self._added) and self._added[number][0] == character:
+            return self._added[number][2], True
+        position, tokens = 0, []
         if number:
-            position = self._positions[number - 1]
-            if self._ends[number - 1] == character:
+            start, end, position = self._added[number - 1]
+            if end == character:
                 return position + 1, True
-            tokens = self._tokens.of(self._text[self._starts[number - 1] : character])
-        if (
-            not tokens or tokens[:1] != self._input_ids[position : position + 1]
-        ):  # there is no added token before it, or it is none here
+            tokens = self._tokens.of(self._text[start:character])
+        if tokens[:1] != self._input_ids[position : position + 1]:  # no added token is before it, or it is none here
             position, tokens = 0, self._tokenize_beginning(character, turns)
         common = common_prefix_length(tokens, self._input_ids[position : position + len(tokens)])
         # Only the last token, and what follows an added one, may be tokenized otherwise when more text follows

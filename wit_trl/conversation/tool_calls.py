@@ -23,19 +23,32 @@ def arguments_as_objects(messages: Messages) -> Messages:
     Returns messages in which the `arguments` of every call are an object. OpenAI's API has them as JSON text, of which
     most templates write a text once more.
     """
-    return _convert_arguments(messages, _parse)
+    return _convert_arguments(messages, _as_object)
 
 
-def arguments_as_texts(messages: Messages) -> Messages:
-    """Returns messages in which the `arguments` of every call are JSON text: that of the data, if it has one."""
-    return _convert_arguments(
-        messages,
-        lambda arguments: arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-    )
+def render_calls(messages: Messages, render: Callable[[Messages], str]) -> tuple[Messages, str]:
+    """
+    Returns messages with the `arguments` of every call in the form that a template wants, and their text. Most
+    templates want an object. Some want JSON text (DeepSeek-V3): they raise an error, or write an object in Python's
+    form. JSON text is that of the data, if this has one.
+    """
+    if not any(map(calls_of, messages)):
+        return messages, render(messages)
+    of_objects = arguments_as_objects(messages)
+    try:
+        text = render(of_objects)
+        if not _is_written_as_python(of_objects, text, render):
+            return of_objects, text
+    except ValueError:
+        text = ""
+    try:
+        of_texts = _convert_arguments(messages, _as_text)
+        return of_texts, render(of_texts)
+    except ValueError:
+        return of_objects, text or render(of_objects)
 
 
-def is_written_as_python(messages: Messages, text: str, render: Callable[[Messages], str]) -> bool:
-    """Whether a template writes the arguments of a call in Python's form, which is not JSON."""
+def _is_written_as_python(messages: Messages, text: str, render: Callable[[Messages], str]) -> bool:
     of_calls = (function_of(call).get("arguments") for message in messages for call in calls_of(message))
     if not any(str(arguments) in text for arguments in of_calls if arguments):
         return False
@@ -54,13 +67,12 @@ def function_of(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def null_arguments(messages: Messages) -> Iterator[tuple[int, Any, str]]:
-    """Yields the turn, the function and the name of every argument that is null, of messages that nobody checked."""
+    """Yields the turn, the function and the name of every argument that is null. Nobody checked the messages."""
     for turn, message in enumerate(messages):
         calls = message.get("tool_calls") if isinstance(message, dict) else None
         for call in calls if isinstance(calls, list) else ():
             function = function_of(call) if isinstance(call, dict) else None
-            arguments = function.get("arguments") if isinstance(function, dict) else None
-            if isinstance(function, dict) and isinstance(arguments, dict):
+            if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), dict):
                 yield from ((turn, function.get("name"), key) for key, value in arguments.items() if value is None)
 
 
@@ -93,11 +105,15 @@ def _convert_call(call: Any, convert: Callable[[Any], Any]) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
-def _parse(arguments: Any) -> dict[str, Any]:
+def _as_object(arguments: Any) -> dict[str, Any]:
     arguments = _parse_json(arguments or "{}", "`arguments`")
     if not isinstance(arguments, dict):
         raise ValueError(f"`arguments` must be an object, or its JSON, but is {arguments!r}.")
     return arguments
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _parse_json(value: Any, name: str) -> Any:

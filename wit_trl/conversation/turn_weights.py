@@ -14,95 +14,69 @@ import itertools
 import numpy as np
 
 from ..weights import StructureWeights
-from .content_spans import Span
 from .messages import message_texts, missing_end
+from .parts import Span
 from .token_positions import TokenPositions
 from .turns import Conversation
 
 
-_NO_STRUCTURE = StructureWeights()
-
-
 def weigh_conversation(
     conversation: Conversation,
-    input_ids: list[int],
+    input_ids: list[int],  # or the first of them
     marked: list[int] | None,
-    structure: StructureWeights = _NO_STRUCTURE,
+    structure: StructureWeights,
     first_answer: int = 0,
 ) -> tuple[list[int], np.ndarray]:
     """
     Returns the region of each token, 1 completion or 0 prompt, and its data weight, in float32.
 
-    Args:
-        conversation ([`Conversation`]):
-            The conversation.
-        input_ids (`list[int]`):
-            Its tokens, or the first of them.
-        marked (`list[int]`, *optional*):
-            1 for each token that is marked as completion, by the chat template or because it follows the prompt, else
-            0. Where nothing marks tokens (`None`), the assistant's turns are the completion.
-        structure ([`StructureWeights`]):
-            What roles and the template's own tokens weigh, and which turns are completion.
-        first_answer (`int`, *optional*, defaults to `0`):
-            The turn with which the completion of a prompt-completion row begins. 0 for `messages`.
+    `marked` has 1 for each token that is marked as completion, by the chat template or because it follows the prompt,
+    else 0. Where nothing marks tokens (`None`), the assistant's turns are the completion. The completion of a
+    prompt-completion row begins with the turn `first_answer`.
 
     Raises:
-        `ValueError`: it cannot be told where a turn begins or ends that has a region or a weight of its own.
+        `ValueError`: it cannot be told where a turn begins or ends that has a region or a weight of its own, or what
+        the template writes, where this has a weight.
     """
     only_last = structure.completion_turns == "last"
+    answers = [turn for turn in conversation.answers() if turn >= first_answer]
+    if only_last:
+        answers = answers[-1:]
     regions = marked
     if regions is None:
         regions = conversation.assistant_masks(input_ids, only_last)
     elif only_last and first_answer < len(conversation.messages) - 1:
-        turn, positions = conversation.answers()[-1], conversation.positions(input_ids)
+        turn, positions = answers[-1], conversation.positions(input_ids)
         if first_answer:  # the completion has the headers of its turns too
             start, end = conversation.answer(turn, positions)
         else:  # the template tells a header from an answer
             start, end = positions.at(conversation.start_of_turn(turn), turn), conversation.end_of_turn(turn, positions)
         regions = [region if start <= position < end else 0 for position, region in enumerate(regions)]
-    weights = turn_weights(conversation, input_ids, structure, regions, first_answer)
-    return regions, weights if len(weights) else np.ones(len(input_ids), np.float32)
+    return regions, _data_weights(conversation, input_ids, regions, structure, answers)
 
 
-def turn_weights(
+def _data_weights(
     conversation: Conversation,
     input_ids: list[int],
-    structure: StructureWeights = _NO_STRUCTURE,
-    regions: list[int] | None = None,
-    first_answer: int = 0,
+    regions: list[int],
+    structure: StructureWeights,
+    answers: list[int],
 ) -> np.ndarray:
-    """
-    Returns the data weight of each token, or an empty array if all are 1.
-
-    A token has the `"weight"` of the message that adds it, times the weight of the message's role. Where the template
-    itself writes a token of the prompt, the template's weight multiplies that. What precedes the first message belongs
-    to it.
-
-    The arguments are those of `weigh_conversation`. The `regions` are needed where the template has a weight.
-
-    Raises:
-        `ValueError`: it cannot be told where a turn ends whose weight is not that of the next one, or what the
-        template writes.
-    """
     messages, tools = conversation.messages, conversation.template_kwargs["tools"]
     of_messages = [1.0 if message.get("weight") is None else message["weight"] for message in messages]
     of_roles = [structure.role_loss_weights.get(message["role"], 1.0) for message in messages]
     of_tools = structure.role_loss_weights.get("tools", 1.0) if tools else 1.0
     template_weight = structure.chat_template_loss_weight
     if {*of_messages, *of_roles, of_tools, template_weight} == {1}:
-        return np.zeros(0, np.float32)
+        return np.ones(len(input_ids), np.float32)
     positions = conversation.positions(input_ids)
     weights = _spread(conversation, of_roles, "role weight", positions)
-    of_schemas = []
-    if tools and (structure.role_loss_weights or template_weight != 1):
-        of_schemas = _tools(conversation, positions)
+    need_schemas = tools and (structure.role_loss_weights or template_weight != 1)
+    of_schemas = _tools(conversation, positions) if need_schemas else []
     for start, end in of_schemas:
         weights[start:end] = of_tools
     weights *= _spread(conversation, of_messages, "`weight`", positions)
     if template_weight != 1:
-        answers = [turn for turn in conversation.answers() if turn >= first_answer]
-        if structure.completion_turns == "last":
-            answers = answers[-1:]
         of_template = np.where(np.asarray(regions) == 0, np.float32(template_weight), 1)
         for start, end in [*of_schemas, *_contents(conversation, positions, answers)]:
             of_template[start:end] = 1
@@ -115,21 +89,22 @@ def _spread(conversation: Conversation, of_turns: list[float], name: str, positi
     weights = np.full(positions.count, of_turns[-1], np.float32)
     start = 0
     for turn, (weight, following) in enumerate(itertools.pairwise(of_turns)):
-        if weight != following:  # else it does not matter which of the two a token belongs to
-            try:
-                character, end = conversation.start_of_turn(turn + 1), conversation.end_of_turn(turn, positions)
-            except ValueError as error:
-                raise ValueError(
-                    f"turn {turn} has another {name} than the next one, but where it ends cannot be told. Give both "
-                    f"the same. The reason: {error}"
-                ) from error
-            if _is_inside_the_next(conversation, turn, character):
-                raise ValueError(
-                    f"the chat template renders turn {turn} ({conversation.messages[turn]['role']}) inside the next "
-                    f"one, so it cannot have a {name} of its own. Give both the same."
-                )
-            weights[start:end] = weight
-            start = end
+        if weight == following:  # it does not matter which of the two a token belongs to
+            continue
+        try:
+            character, end = conversation.start_of_turn(turn + 1), conversation.end_of_turn(turn, positions)
+        except ValueError as error:
+            raise ValueError(
+                f"turn {turn} has another {name} than the next one, but where it ends cannot be told. Give both the "
+                f"same. The reason: {error}"
+            ) from error
+        if _is_inside_the_next(conversation, turn, character):
+            raise ValueError(
+                f"the chat template renders turn {turn} ({conversation.messages[turn]['role']}) inside the next one, "
+                f"so it cannot have a {name} of its own. Give both the same."
+            )
+        weights[start:end] = weight
+        start = end
     return weights
 
 
@@ -140,7 +115,7 @@ def _is_inside_the_next(conversation: Conversation, turn: int, start_of_next: in
 
 
 def _contents(conversation: Conversation, positions: TokenPositions, answers: list[int]) -> list[Span]:
-    """Returns the tokens of all messages but for what the template writes around them; whole answers in the prompt."""
+    """Returns the tokens of the contents. An answer that is none of the `answers` is prompt, and counts as a whole."""
     if conversation.spans is None:
         raise ValueError(
             "the chat template changes what messages say, so what it writes itself cannot be told. Choose another "
@@ -166,11 +141,10 @@ def _tools(conversation: Conversation, positions: TokenPositions) -> list[Span]:
             "unset."
         )
     found = []
-    gaps, gaps_without = (_gaps(each.spans or [], each.text) for each in (conversation, without))
-    for (start, end), (start_without, end_without) in zip(gaps, gaps_without, strict=True):
-        longer, shorter = conversation.text[start:end], without.text[start_without:end_without]
-        changes = difflib.SequenceMatcher(None, shorter, longer, autojunk=False).get_opcodes()
-        for change, *_, first, last in changes:
+    gaps = zip(_gaps(conversation.spans, conversation.text), _gaps(without.spans, without.text), strict=True)
+    for (start, written), (_, written_without) in gaps:
+        matcher = difflib.SequenceMatcher(None, written_without, written, autojunk=False)
+        for change, *_, first, last in matcher.get_opcodes():
             if change in ("replace", "delete"):
                 raise ValueError(
                     "the chat template writes other things too where there are `tools`, so they have no weight of "
@@ -182,7 +156,8 @@ def _tools(conversation: Conversation, positions: TokenPositions) -> list[Span]:
     return found
 
 
-def _gaps(spans: list[Span], text: str) -> list[Span]:
-    """Returns what is before, between and after the contents."""
+def _gaps(spans: list[Span], text: str) -> list[tuple[int, str]]:
+    """Returns what is before, between and after the contents, each with the position of its first character."""
     contents = [span for span in spans if span[1]]
-    return [*zip([0, *(end for _, end in contents)], [*(start for start, _ in contents), len(text)], strict=True)]
+    starts, ends = [0, *(end for _, end in contents)], [*(start for start, _ in contents), len(text)]
+    return [(start, text[start:end]) for start, end in zip(starts, ends, strict=True)]

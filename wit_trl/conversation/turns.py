@@ -1,39 +1,147 @@
 """
-Which tokens of a rendered conversation belong to which turn.
+A conversation: its text as a chat template renders it, and which tokens of it belong to which turn.
 
-1. Where a turn starts follows from what the template writes before it, else from the rendering of the turns before.
-2. `TokenPositions` tells the token of a character.
+1. The whole conversation is rendered, with the arguments of tool calls in the form that the template wants.
+2. `find_contents` finds the characters of each content. Nothing may be left out: tool calls, thinking and tools count
+   as rendered if the text without them is another one.
+3. Where a turn starts follows from what the template writes before it, else from the rendering of the turns before.
+4. `TokenPositions` tells the token of a character.
 """
 
+import functools
+import itertools
 from typing import Any
 
 from transformers import ProcessorMixin
+from transformers.utils import logging
 from trl.data_utils import prepare_multimodal_messages
 
-from .._upstream import common_prefix_length
-from .content_spans import Span
-from .rendering import RenderedConversation
-from .template_memory import Turn
+from .._upstream import common_prefix_length, tokenize_messages
+from .chat_template import TOOLS_REMEDY, ProcessingClass
+from .messages import Messages, message_texts, missing_end
+from .parts import Span, find_contents, parts
+from .template_memory import TemplateMemory, Turn, kind_of
 from .token_positions import TokenPositions
+from .tool_calls import calls_of, read_tools, render_calls
 
+
+logger = logging.get_logger(__name__)
 
 _PROBE = "\ue000"  # of private use, so that no text has it
 
 
-class Conversation(RenderedConversation):
+class Conversation:
     """
-    A conversation as the chat template renders it, and what each turn adds to it.
+    The messages of a conversation, its text, where each content is in it, and what each turn adds to it.
 
-    Where a template does not mark the assistant's turns, they are found by rendering: a turn is what it adds to the
-    rendering of the conversation before it, and the assistant's answer begins after the generation prompt. With a
-    `memory` a template needs that once for each two roles that follow each other.
+    Where a template does not mark the assistant's turns, they are found by rendering. A turn is what it adds to the
+    rendering of the turns before it. The assistant's answer begins after the generation prompt. With a `memory`, a
+    template needs this once for each two roles that follow each other.
+
+    Raises:
+        `ValueError`: the template cannot render the conversation, or leaves out a part of it.
     """
+
+    def __init__(
+        self,
+        messages: Messages,
+        processing_class: ProcessingClass,
+        chat_template: str | None,  # by default the own one
+        row: dict[str, Any],  # its `"tools"` (a list or JSON) and `"chat_template_kwargs"` go to the template
+        memory: TemplateMemory | None = None,  # what other conversations told of the template
+    ):
+        self._processing_class = processing_class
+        template_kwargs = row.get("chat_template_kwargs")
+        if not isinstance(template_kwargs, dict | None):
+            raise ValueError(f"`chat_template_kwargs` must be a dict, but is {template_kwargs!r}.")
+        tools = read_tools(row.get("tools"))
+        self.template_kwargs = {"chat_template": chat_template, "tools": tools, **(template_kwargs or {})}
+        self.messages = messages  # `render` reads their number
+        self.messages, self.text = render_calls(messages, self.render)
+        self._memory = memory = memory or TemplateMemory(processing_class)
+        self._tokens = memory.tokens
+        self._known = memory.of(self.template_kwargs)
+        self._kinds = [kind_of(message) for message in self.messages]
+        in_parts = isinstance(processing_class, ProcessorMixin)  # for which `render` makes parts
+        in_parts = in_parts or any(isinstance(message.get("content"), list) for message in self.messages)
+        # The characters of each content; `None` where the template changes what messages say
+        self.spans, missing = find_contents(
+            self.text, self.messages, self._kinds, self._known.written, self.render, in_parts
+        )
+        for turn in sorted(missing):
+            self._check_is_rendered(turn)
+        self._check_parts()
+
+    def render(self, messages: Messages, **kwargs: Any) -> str:
+        """Returns the text of some of the turns. Raises `ValueError` if the template does."""
+        if isinstance(self._processing_class, ProcessorMixin):
+            messages = prepare_multimodal_messages(messages)
+        try:
+            return self._processing_class.apply_chat_template(
+                messages, **{**self.template_kwargs, "tokenize": False, **kwargs}
+            )
+        except Exception as error:  # whatever a template raises
+            what = "this conversation" if len(messages) == len(self.messages) else f"its first {len(messages)} turns"
+            remedy = ""
+            if any(message.get("content") is None for message in messages):
+                remedy = f". {TOOLS_REMEDY}, or give each message that has only `tool_calls` an empty `content`"
+            raise ValueError(f"the chat template cannot render {what}: {error}{remedy}") from error
+
+    def tokenize(self, **kwargs: Any) -> dict[str, list[int]]:
+        """Returns `"input_ids"` and, with `return_assistant_tokens_mask=True`, the template's `"assistant_masks"`."""
+        return tokenize_messages(self._processing_class, self.messages, **{**self.template_kwargs, **kwargs})
+
+    def _check_parts(self) -> None:
+        """Checks what stands beside contents. A template that leaves it out raises no error."""
+        complete, last = self._known.complete, len(self.messages) - 1
+        for part in parts(self.messages):
+            key: tuple = (part.key, self._kinds[part.turn], *self._around[part.turn], part.turn == last)
+            if key not in complete and self._renders_the_same_with(part.without, part.turn):
+                if part.remedy:
+                    raise ValueError(f"the chat template leaves out {part.name}. {part.remedy}.")
+                logger.warning_once(f"The chat template leaves out {part.name}: it is not trained.")
+            complete.add(key)
+        key = ("tools", self._kinds[0])
+        if self.template_kwargs["tools"] and key not in complete:
+            if self._renders_the_same(self.messages, tools=None):
+                raise ValueError(f"the chat template leaves out the `tools`. {TOOLS_REMEDY}, or remove the column.")
+            complete.add(key)
+
+    def _check_is_rendered(self, turn: int) -> None:
+        message = self.messages[turn]
+        texts = message_texts(message)
+        left_out = missing_end(texts, self.text)
+        if left_out is None and any(texts) and self._renders_the_same_with({**message, "content": ""}, turn):
+            left_out = texts[-1][-20:]  # what stands in the text is of another turn
+        # Some templates (gpt-oss) leave out what is said beside a tool call
+        if left_out is not None and not calls_of(message):
+            raise ValueError(
+                f"the chat template leaves out turn {turn} ({message['role']}), which ends in {left_out!r}. Choose "
+                "a template that renders all of the conversation (`chat_template_path`), name the role as the "
+                "template does, or take the turn out of the data."
+            )
+
+    def _renders_the_same_with(self, message: dict[str, Any], turn: int) -> bool:
+        return self._renders_the_same([*self.messages[:turn], message, *self.messages[turn + 1 :]])
+
+    def _renders_the_same(self, messages: Messages, **kwargs: Any) -> bool:
+        try:
+            return self.render(messages, **kwargs) == self.text
+        except ValueError:  # it misses something
+            return False
+
+    @functools.cached_property
+    def _around(self) -> list[tuple[frozenset, frozenset]]:
+        """The kinds of the messages before and from each turn: templates drop thinking before the last question."""
+        none: frozenset[tuple] = frozenset()
+        before, after = (
+            [*itertools.accumulate(kinds, lambda known, kind: known | {kind}, initial=none)]
+            for kinds in (self._kinds, self._kinds[::-1])
+        )
+        return [*zip(before[:-1], after[:0:-1], strict=True)]
 
     def assistant_masks(self, input_ids: list[int], only_last: bool = False) -> list[int]:
-        """
-        Returns 1 for the tokens of the assistant's answers, or of the last one, with their end-of-turn tokens, and 0
-        for all others.
-        """
+        """Returns 1 for the tokens of all answers, or of the last one, with their end-of-turn tokens, else 0."""
         masks = [0] * len(input_ids)
         positions = self.positions(input_ids)
         for turn in self.answers()[-1:] if only_last else self.answers():
@@ -48,12 +156,12 @@ class Conversation(RenderedConversation):
 
     def render_prompt(self, number_of_turns: int) -> str:
         """
-        Returns the first turns, rendered with the generation prompt. Raises `ValueError` where TRL would take the end
-        of this prompt for completion.
+        Returns the first turns, rendered with the generation prompt. Raises `ValueError` where TRL would count the end
+        of this prompt as completion.
         """
         rendered = self.render(self.messages[:number_of_turns], add_generation_prompt=True)
         if not self.text.startswith(rendered):
-            self.text_before(number_of_turns)
+            self._text_before(number_of_turns)
         return rendered
 
     def answers(self) -> list[int]:
@@ -65,7 +173,7 @@ class Conversation(RenderedConversation):
         return positions.at(self._start_of_answer(turn), turn), self.end_of_turn(turn, positions)
 
     def _turn(self, turn: int) -> Turn:
-        """Returns what is remembered of the beginning of such a turn, where contents are found."""
+        """Returns what is remembered of the beginning of such a turn. Nothing is where contents are not found."""
         if self.spans is None:
             return Turn()
         is_last = turn == len(self.messages) - 1
@@ -73,12 +181,14 @@ class Conversation(RenderedConversation):
         return self._known.turns.setdefault(key, Turn())
 
     def start_of_turn(self, turn: int) -> int:
-        """Returns its first character. Raises `ValueError` as `text_before` does."""
-        if turn in (0, len(self.messages)):
-            return len(self.text) if turn else 0
-        known = self._turn(turn)
-        _, end = self.spans[turn - 1] if self.spans else (0, 0)
-        start, has_content = self.spans[turn] if self.spans else (0, 0)
+        """Returns its first character. Raises `ValueError` as `_text_before` does."""
+        if turn == 0:
+            return 0
+        if turn == len(self.messages):
+            return len(self.text)
+        if self.spans is None:
+            return len(self._text_before(turn))
+        known, (_, end), (start, has_content) = self._turn(turn), self.spans[turn - 1], self.spans[turn]
         found = set()
         if end and known.tail is not None and self.text.startswith(known.tail, end):
             found.add(end + len(known.tail))
@@ -86,7 +196,7 @@ class Conversation(RenderedConversation):
             found.add(start - len(known.head))
         if len(found) == 1:
             return found.pop()
-        character = len(self.text_before(turn))
+        character = len(self._text_before(turn))
         if end and end <= character:
             known.tail = self.text[end:character]
         if has_content and character <= start:
@@ -113,10 +223,8 @@ class Conversation(RenderedConversation):
             known.opening = self.text[before:start]
         return start
 
-    def text_before(self, turn: int) -> str:
+    def _text_before(self, turn: int) -> str:
         """Returns the rendering of the turns before. Raises `ValueError` unless the whole begins with it."""
-        if turn == 0:
-            return ""
         text = self.render(self.messages[:turn])
         # Some templates end every rendering with the EOS token (Phi-3), or the last turn (gpt-oss)
         before = text.removesuffix(self._tokens.tokenizer.eos_token or "")
@@ -130,9 +238,9 @@ class Conversation(RenderedConversation):
         return text if self.text.startswith(text) else before
 
     def end_of_turn(self, turn: int, positions: TokenPositions) -> int:
-        """Returns the token after it. One that merges its end with the next turn belongs to the next."""
+        """Returns the position after its last token. A token that merges its end with the next turn is the next's."""
         end = positions.at(self.start_of_turn(turn + 1), turn + 1)
-        # An answer may end in a special token that follows it, as it has no end-of-turn token itself
+        # Some answers end in the special token that begins the next turn, as they have no end-of-turn token (GLM-4)
         is_answer = self.messages[turn]["role"] == "assistant"
         return end + (is_answer and positions.is_added(end) and self._ends_in_next(turn))
 
@@ -155,15 +263,14 @@ class Conversation(RenderedConversation):
         return TokenPositions(self.text, input_ids, self._tokens, self._tokenize_beginning)
 
     def _tokenize_beginning(self, character: int, turns: int) -> list[int]:
-        """Returns the tokens of the text up to a character, in which the images of this number of turns are."""
+        """Returns the tokens of the text up to a character, with the images of this number of turns."""
         text = self.text[:character]
         if not isinstance(self._processing_class, ProcessorMixin):
             return self._tokens.of(text)
         messages = prepare_multimodal_messages(self.messages[:turns])
         images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-        kwargs = {key: value for key, value in self.template_kwargs.items() if key == "return_tensors"}
-        kwargs |= self.template_kwargs.get("processor_kwargs", {})
+        kwargs = {"return_tensors": "pt", **self.template_kwargs.get("processor_kwargs", {})}
         if text.startswith(self._tokens.tokenizer.bos_token or "\0"):
             kwargs["add_special_tokens"] = False
         input_ids = self._processing_class(text=[text], images=[images] if images else None, **kwargs)["input_ids"]
-        return [int(token) for token in input_ids[0]]
+        return input_ids[0].tolist()

@@ -40,8 +40,8 @@ def printable(text: str) -> str:
 
 def page(name: str, heading: str, console: Console, image: bytes, alt: str) -> str:
     """
-    Returns what a console (with `record=True`) printed, as HTML. `name` is the title of the window. A heading of any
-    number of lines is above, an image (PNG) below; `alt` says in words what it shows.
+    Returns HTML: a heading of any number of lines, what a console (with `record=True`) printed, and an image (PNG).
+    `name` is the title of the window. `alt` says in words what the image shows.
     """
     # rich reads braces as its own
     heading = html.escape(heading.strip()).replace("{", "{{").replace("}", "}}").replace("\n", "<br>\n")

@@ -25,8 +25,8 @@ _DOCUMENT_START = "▌"
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[Any]) -> list[str]:
     """
-    Returns the text that each token adds to the text before it. Each token has a group, a tuple whose first entry says
-    whether a document starts there. A character of several tokens of one group comes with the last of them.
+    Returns the text that each token adds to the text before it. The first entry of its group says whether a document
+    starts there. Where several tokens of one group make a character, it comes with the last of them.
     """
 
     def decode(start: int, end: int) -> str:
@@ -39,14 +39,12 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[
         if groups[position][0]:
             start = end
         known, text = decode(start, end), decode(start, position + 1)
-        last_of_group = position + 1 == len(tokens) or groups[position + 1] != groups[position]
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last_of_group:
+        is_cut = text.endswith("\N{REPLACEMENT CHARACTER}")
+        if is_cut and groups[position + 1 : position + 2] == [groups[position]]:
             pieces.append("")
             continue
         pieces.append(text[len(known) :])
-        start, end = end, position + 1
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character cut in two: the rest stands for itself
-            start = end
+        start, end = position + 1 if is_cut else end, position + 1  # the rest of a cut character stands for itself
     return pieces
 
 
@@ -71,7 +69,7 @@ def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weigh
     for position, piece in enumerate(_pieces(tokenizer, tokens, groups)):
         is_start, region, weight = group = groups[position]
         if is_start:
-            text.append("\n" * (position > 0)).append(_DOCUMENT_START, "bold red")
+            text.append("\n" if position else "").append(_DOCUMENT_START, "bold red")
         elif group != groups[position - 1]:
             text.append(f"[{REGIONS[region]} {weight:g}]", "bold")
         follows = groups[position + 1 : position + 2] == [group] and tokens[position + 1] == tokens[position]
@@ -105,7 +103,9 @@ def show_page(
     console.print(legend, soft_wrap=True)
     for number, row in enumerate(rows):
         documents = len(row.get("seq_lengths", [0]))
-        heading = f"\nRow {number}: {len(row['input_ids'])} tokens" + f", {documents} documents" * (documents > 1)
+        heading = f"\nRow {number}: {len(row['input_ids'])} tokens"
+        if documents > 1:
+            heading += f", {documents} documents"
         if row.get("truncated"):
             cut = row["prompt_length"] + row["completion_length"] - sum(r >= 0 for r in row["completion_mask"])
             heading += f", without {cut} that were cut off, {row['completion_cut']} of the completion"
@@ -119,7 +119,7 @@ def show_page(
 def html_page(
     title: str, rows: list[dict], tokenizer: PreTrainedTokenizerBase, report: WeightReport, epochs: float, image: bytes
 ) -> str:
-    """Returns as HTML: a title of any number of lines, what `show_page` prints, and the histogram (PNG)."""
+    """Returns HTML: the title, of any number of lines, what `show_page` prints, and the histogram (PNG)."""
     console = Console(file=io.StringIO(), record=True, width=1000)  # the browser wraps
     show_page(console, rows, tokenizer, report, epochs)
     return page("wit-trl inspect", title, console, image, "Lengths of prompts and completions")

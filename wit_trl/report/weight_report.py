@@ -24,18 +24,18 @@ logger = get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset | list[dict[str, Any]]
 
-# At most this number of rows of a prepared `Dataset` is counted, which takes a few seconds. Of a stream, which prepares
-# each row for it, and of rows that nobody prepared, which are read in Python, `STREAMED_ROWS` are counted
+# Of a prepared `Dataset`, at most this number of rows is counted, which takes a few seconds. Other rows are slower: a
+# stream prepares each for it, and rows that nobody prepared are read in Python. Of these, `STREAMED_ROWS` are counted
 STORED_ROWS = 1_000_000
-# Prepared rows lack them: their `completion_mask` and `token_weights` hold all of it
+# Prepared rows have none of these: their `completion_mask` and `token_weights` hold all of it
 _COLUMNS_THE_COLLATOR_READS = {"labels", "assistant_masks", "attention_mask", "weight"}
-# What truncation does to rows, by the column whose sum it is
+# What truncation does to rows: the column whose sum it is, and what the table calls it
 _CUTS = {
-    "truncated": "truncated",
-    "without_completion": "completion_lost",
-    "answers_cut": "answer_cut",
-    "answers_lost": "answer_lost",
-    "completion_cut": "completion_cut",
+    "truncated": ("truncated", "rows truncated"),
+    "completion_cut": ("completion_cut", "completion tokens cut off"),
+    "answers_cut": ("answer_cut", "rows whose last answer lost its end"),
+    "answers_lost": ("answer_lost", "rows whose last answer is cut off whole"),
+    "without_completion": ("completion_lost", "rows with no completion left"),
 }
 # Below this share of the weight a region is as good as left out
 NEGLIGIBLE_SHARE = 0.001
@@ -43,26 +43,26 @@ NEGLIGIBLE_SHARE = 0.001
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What the weights do to a training set. [`weigh`] makes it. It prints as a table with rich."""
+    """What the weights do to a training set, as [`weigh`] counts it. With rich, it prints as a table."""
 
     rows: int  # that were counted
     partial: bool  # whether these are only the first rows
     loss_weights: tuple[float, float]  # of a prompt token and of a completion token
-    # By region: 0 prompt, 1 completion, -100 never a target (padding, and the first token of every document, which
-    # nothing predicts)
+    # By region: 0 prompt, 1 completion, -100 never a target: padding, and the first token of every document, which
+    # nothing predicts
     tokens: dict[int, int]  # number of tokens
     data_nonzero: dict[int, int]  # number of tokens whose data weight is not zero
     data_weight: dict[int, float]  # sum of the data weights
     data_weights: tuple[float, float]  # the smallest and the largest data weight of a token
-    # Number of prompt tokens and of completion tokens of each row or document. Where the preparation noted it, that is
-    # before truncation, and of the dropped rows too
+    # Number of prompt tokens and of completion tokens of each row or document: before truncation and with the dropped
+    # rows, where the preparation noted this
     lengths: tuple[np.ndarray, np.ndarray]
     # Numbers of rows, `None` if unknown
     truncated: int | None = None  # cut to `max_length`
     without_completion: int | None = None  # whose whole completion is cut off
     answers_cut: int | None = None  # whose last answer lost its end
     answers_lost: int | None = None  # whose last answer is cut off whole
-    completion_cut: int | None = None  # the number of their completion tokens that are cut off
+    completion_cut: int | None = None  # of completion tokens that are cut off, not of rows
     dropped: int | None = None  # because no token has a weight other than zero
     structure: StructureWeights = field(default_factory=StructureWeights)
     loss_divisor: str = "count"  # what the weighted sum is divided by: the "count" or the "weights"
@@ -137,14 +137,8 @@ class WeightReport:
         facts.add_row("completion tokens to a prompt token", ratio)
         scale = "-" if self.gradient_scale is None else f"x {self.gradient_scale:.3g}"
         facts.add_row("gradient of the completion against conventional tuning *", scale)
-        for name, number in (
-            ("rows truncated", self.truncated),
-            ("completion tokens cut off", self.completion_cut),
-            ("rows whose last answer lost its end", self.answers_cut),
-            ("rows whose last answer is cut off whole", self.answers_lost),
-            ("rows with no completion left", self.without_completion),
-            ("rows dropped", self.dropped),
-        ):
+        lost = {name: getattr(self, cut) for cut, (_, name) in _CUTS.items()} | {"rows dropped": self.dropped}
+        for name, number in lost.items():
             facts.add_row(name, "unknown" if number is None else f"{number:,}")
         formula = "completion_loss_weight * completion / all, in tokens of non-zero weight."
         if self.loss_divisor == "weights":
@@ -166,9 +160,9 @@ def weigh(
     rows: Rows, loss_weights: tuple[float, float], lengths: RowLengths | None = None, partial: bool | None = None
 ) -> WeightReport:
     """
-    Returns the counts of a [`WeightReport`] for tokenized rows: of the first million if they were prepared, else, and
-    of a stream, of the first thousand. The rows themselves tell `lengths` (what they were before) and `partial`
-    (whether they are only the first ones), unless these are given.
+    Returns the counts of a [`WeightReport`] for tokenized rows: the first million if they were prepared, but the first
+    thousand of a stream or of rows that nobody prepared. Unless they are given, `lengths` (before truncation) and
+    `partial` (whether `rows` are only the first ones of a set) follow from the rows.
 
     Raises:
         `ValueError`: a row is not tokenized, is read through a transform, or its masks or weights are wrong.
@@ -178,9 +172,8 @@ def weigh(
     if isinstance(rows, Dataset) and rows.format["type"] == "custom":
         raise ValueError("The data set has a transform (`with_transform`), so its rows may differ at every reading.")
     counted = _first_rows(rows)
-    columns = ["completion_mask", "token_weights"]
-    if "seq_lengths" in counted.column_names:  # of the documents of packed rows
-        columns.append("seq_lengths")
+    # `seq_lengths` are those of the documents of packed rows
+    columns = [name for name in ("completion_mask", "token_weights", "seq_lengths") if name in counted.column_names]
     totals = np.zeros((3, len(REGIONS)))  # by region: tokens, tokens whose data weight is not zero, data weights
     least, most = np.inf, 0.0
     document_lengths = [np.zeros((2, 0), int)]  # by region
@@ -202,7 +195,7 @@ def weigh(
         lengths = RowLengths.read(counted)
     if lengths is not None:
         prompt, completion = lengths.prompt_length, lengths.completion_length
-        cuts = {name: int(getattr(lengths, column).sum()) for name, column in _CUTS.items()}
+        cuts = {name: int(getattr(lengths, column).sum()) for name, (column, _) in _CUTS.items()}
     if partial is None:
         partial = isinstance(rows, IterableDataset) or len(counted) < len(rows)
     return WeightReport(
@@ -224,7 +217,7 @@ def _first_rows(rows: Rows) -> Dataset:
         # `take` of more rows than there are is an error before datasets 5.2
         return rows.take(min(STORED_ROWS, len(rows)))
     first = list(itertools.islice(rows, STREAMED_ROWS))
-    if first and not _is_prepared(first[0]):  # the collator reads their regions and data weights
+    if first and not _is_prepared(first[0]):  # as the collator reads them
         first = [
             {**row, "completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
             for row in first

@@ -58,7 +58,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, args: WITSFT
 
 
 def _last_complete_checkpoint(output_dir: str) -> str | None:
-    """Returns the last checkpoint whose saving was not cut off, by a kill or a full disk: its state is written last."""
+    """Returns the last checkpoint with a state. It is written last: no kill and no full disk cut the saving off."""
     for folder in reversed(sort_checkpoints(output_dir)):
         if _read_state(folder) is not None:
             return folder

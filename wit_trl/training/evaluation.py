@@ -91,21 +91,21 @@ class EvaluationMixin(Trainer):
     @contextmanager
     def _every_row(self) -> Iterator[None]:
         config = self.accelerator.dataloader_config
-        # Only batches of a stream may be dispatched: it hides which row is which
+        # Dispatching hides which row is which, so only a stream may have it
         dispatch = False if config.dispatch_batches is False else None
-        # Persistent workers would go on with the first set that they gave
+        # Persistent workers would go on with the first set that they had
         order = {"dataloader_drop_last": False, "dataloader_in_order": True, "dataloader_persistent_workers": False}
         with set_for_now(config, dispatch_batches=dispatch, even_batches=True), set_for_now(self.args, **order):
             yield
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluates as `Trainer` does. The metrics are those of the class where `compute_loss` was reached."""
+        """Evaluates as `Trainer` does, but for the metrics: these are exact, unless `compute_loss` was replaced."""
         self.check_settings()
         self._eval_sums = EvaluationSums(
             self.accelerator, self.args.loss_divisor, self.get_tp_size() * self.get_cp_size()
         )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._eval_sums.is_empty:  # a subclass computes another loss, without this one
+        if self._eval_sums.is_empty:  # a subclass replaced `compute_loss`
             return output
         metrics = self._eval_sums.metrics(output.metrics.pop(f"{metric_key_prefix}_loss", None))
         if "loss" not in metrics:

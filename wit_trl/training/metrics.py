@@ -1,5 +1,5 @@
 """
-The metrics: sums over tokens, to which any number of micro-batches and ranks can add, and the means that are logged.
+The metrics: means that are logged, of sums over tokens, to which any number of micro-batches and ranks can add.
 
 1. `token_terms` gives what each target adds to each sum of `TERMS`.
 2. `TrainingSums` and `EvaluationSums` add the terms up, over micro-batches and ranks.
@@ -10,6 +10,7 @@ A new metric is a line in `MEANS`, and one in `token_terms` if it needs a new su
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,9 +40,8 @@ TERMS = [*dict.fromkeys(name for pair in [*MEANS.values(), *MEANS_OF_TRL.values(
 
 def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """
-    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`. `outputs` are those of
-    `weighted_forward`. They are of shape `(B, T)`, as the weights and the regions are (1 completion, 0 prompt, -100
-    none).
+    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`. The outputs of
+    `weighted_forward`, the weights and the regions (1 completion, 0 prompt, -100 none) are of shape `(B, T)`.
     """
     nll, entropy, correct = -outputs.log_probs.float(), outputs.entropy.detach().float(), outputs.is_top1
     prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
@@ -75,8 +75,8 @@ def means_of_trl(sums: Mapping[str, float]) -> dict[str, float]:
 
 class TrainingSums(TrainerCallback):
     """
-    What training steps of this rank add up on a device, without making the host wait. What is left of a training that
-    failed, such as a try of `auto_find_batch_size`, is dropped when the next one begins.
+    Adds up the training steps of this rank, on a device, without making the host wait. A training drops what is left of
+    one that failed, such as a try of `auto_find_batch_size`.
     """
 
     def __init__(self, device: torch.device):
@@ -86,7 +86,7 @@ class TrainingSums(TrainerCallback):
         self._micro_batches = 0
         self._has_aux_loss = False
         self._num_tokens = 0  # of all ranks, up to the last log
-        self._num_tokens_before = 0  # this training
+        self._num_tokens_before = 0  # of all ranks, before this training
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self._sums.zero_()
@@ -128,7 +128,7 @@ class TrainingSums(TrainerCallback):
 
 
 class EvaluationSums:
-    """What an evaluation adds up over batches and ranks, of which `repeats` ranks have each batch in common."""
+    """Adds up an evaluation over batches and ranks, of which `repeats` ranks have each batch in common."""
 
     def __init__(self, accelerator: Accelerator, divisor: str, repeats: int = 1):
         self._accelerator, self._divisor, self._repeats = accelerator, divisor, repeats
@@ -156,7 +156,7 @@ class EvaluationSums:
             example = torch.repeat_interleave(example_lengths.to(terms.device))[1:]
             by_example = terms.new_zeros(len(example_lengths), terms.size(2))
             by_example.index_add_(0, example, terms[0, : len(example)])
-        rows = gather_examples(self._accelerator, by_example, self._repeats)
+        rows = self._gather(by_example)
         self._rows.append(rows)
         for name, total in zip(TERMS, rows.sum(0).tolist(), strict=True):
             self._sums[name] += total
@@ -179,35 +179,34 @@ class EvaluationSums:
 
     def metrics_of_trl(self) -> dict[str, float]:
         """Returns the means that TRL logs."""
-        metrics = means_of_trl(self._sums)
-        return metrics | ({"aux_loss": sum(self._aux_losses) / len(self._aux_losses)} if self._aux_losses else {})
+        aux_loss = {"aux_loss": fmean(self._aux_losses)} if self._aux_losses else {}
+        return means_of_trl(self._sums) | aux_loss
 
     def metrics(self, loss_of_trainer: float | None) -> dict[str, float]:
         """
-        Returns the metrics of each region, and the loss: the weighted one, of which there is none without a token that
-        has a weight, unless a subclass returned another one. `Trainer` averages the losses of batches, which is no mean
-        over tokens.
+        Returns the metrics of each region, and the weighted loss, if a token has a weight. `Trainer` averages the
+        losses of batches, which is no mean over tokens. Its loss counts only where a subclass returned another one.
         """
+        metrics = means(self._sums)
         total, divisor = (self._sums[name] for name in LOSSES[self._divisor])
-        loss = {"loss": total / divisor} if divisor else {}
+        if divisor:
+            metrics["loss"] = total / divisor
         if self._losses and loss_of_trainer is not None:
-            mean = sum(self._losses) / len(self._losses)
-            if not math.isclose(mean, loss_of_trainer, rel_tol=1e-6):
-                loss = {"loss": loss_of_trainer}
-        return means(self._sums) | loss
+            own = fmean(self._losses)
+            if not math.isclose(own, loss_of_trainer, rel_tol=1e-6):
+                metrics["loss"] = loss_of_trainer
+        return metrics
 
+    def _gather(self, by_example: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the examples `(n, len(TERMS))` of all ranks, in float64 on the CPU. Of a stream, only their sum.
 
-def gather_examples(accelerator: Accelerator, by_example: torch.Tensor, repeats: int) -> torch.Tensor:
-    """
-    Returns the examples `(n, ...)` of all ranks, in float64 on the CPU, without those that only fill up the last batch,
-    and without the batches that `repeats` ranks have in common. Of a stream, only their sum, as one example.
-
-    As accelerate's `gather_for_metrics`, which does not know of repeated batches. Their ranks follow each other.
-    """
-    state = accelerator.gradient_state
-    if state.in_dataloader and state.remainder < 0:  # a stream: what fills up its last batch cannot be told
-        return accelerator.reduce(by_example.sum(0, keepdim=True)).cpu().double() / repeats
-    gathered = accelerator.gather(by_example).unflatten(0, (-1, repeats, len(by_example)))[:, 0].flatten(0, 1)
-    if state.end_of_dataloader and state.remainder > 0:
-        gathered = gathered[: state.remainder]
-    return gathered.cpu().double()
+        As accelerate's `gather_for_metrics`, which does not know of repeated batches. Their ranks follow each other.
+        """
+        state = self._accelerator.gradient_state
+        if state.in_dataloader and state.remainder < 0:  # a stream: what fills up its last batch cannot be told
+            return self._accelerator.reduce(by_example.sum(0, keepdim=True)).cpu().double() / self._repeats
+        gathered = self._accelerator.gather(by_example).unflatten(0, (-1, self._repeats, len(by_example)))
+        examples = gathered[:, 0].flatten(0, 1).cpu().double()
+        # Without those that only fill up the last batch
+        return examples[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else examples

@@ -1,6 +1,6 @@
 """
-Training that splits each sequence over ranks: DeepSpeed's sequence parallelism (Ulysses) and torch's context
-parallelism. `ParallelMixin` has all that the trainer does otherwise there.
+Training on several ranks: DeepSpeed's sequence parallelism (Ulysses) and torch's context parallelism, which split each
+sequence over ranks, and what each step is divided by on every engine.
 """
 
 import functools
@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .._upstream import restart
 from ..data.collator import DataCollatorForWIT
+from .evaluation import set_for_now
 
 
 PACKED_MESSAGE = (
@@ -25,25 +26,25 @@ PACKED_MESSAGE = (
     "mask, so documents would attend to each other. Set `packing`, `eval_packing` and `padding_free` to False, or "
     "`sp_size` and `cp_size` to 1."
 )
+Batch = dict[str, Any]
+Count = torch.Tensor | int | None
 # What belongs to targets, and its value where there is none
 _TARGETS = {"token_weights": 0, "completion_mask": -100}
 
 
 class ParallelMixin(Trainer):
     """
-    What [`WITSFTTrainer`] does otherwise where ranks share a sequence.
+    What [`WITSFTTrainer`] does otherwise than [`~transformers.Trainer`] over the batches and ranks of a step.
 
-    The weights and regions of targets are moved and split as the labels are, and the loss is scaled so that its
-    gradient is that of one process. The data loader of DeepSpeed starts each epoch in the order of that epoch. Every
-    step has all its batches, also where a stream ends.
+    Where ranks share a sequence, weights and regions are moved and split as the labels are, and the gradient of the
+    loss is that of one process. The data loader of DeepSpeed starts each epoch in the order of that epoch. Every step
+    has all its batches, also where a stream ends.
     """
 
     def prepare_parallelism(self) -> None:
         """
-        Checks the arguments, and has the collator pad to what the ranks can share.
-
-        Raises:
-            `ValueError`: something would be wrong without an error.
+        Has the collator pad to what the ranks can share. Raises `ValueError` for arguments with which something would
+        be wrong without an error.
         """
         splits = self.splits_sequences()
         if (splits or self.get_tp_size() > 1) and not self.args.average_tokens_across_devices:
@@ -83,8 +84,7 @@ class ParallelMixin(Trainer):
     def scale_gradient(self, loss: torch.Tensor) -> torch.Tensor:
         """
         Returns the loss with the gradient that the engine expects. The logged loss is the mean over all ranks, and so
-        is the gradient in ZeRO-3. In its other stages, DeepSpeed divides the sum of the gradients by the number of
-        ranks over `sp_size`.
+        is the gradient in ZeRO-3. In its other stages, DeepSpeed sums the gradients of the ranks that share a sequence.
         """
         if self.get_sp_size() == 1 or is_deepspeed_zero3_enabled():
             return loss
@@ -94,42 +94,38 @@ class ParallelMixin(Trainer):
         """Returns the data loader. DeepSpeed's splits the sequences and moves the labels, so we move the rest first."""
         if self.get_sp_size() == 1:
             return super().get_train_dataloader()
-        collator = self.data_collator
-        self.data_collator = functools.partial(_collate_shifted, collator)
-        try:
+        with set_for_now(self, data_collator=functools.partial(_collate_shifted, self.data_collator)):
             return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if kwargs["epoch"] == kwargs["epochs_trained"]:
-            self._left_over: list[dict[str, Any]] = []
+            self._left_over: list[Batch] = []
         if self.get_sp_size() > 1:
             restart(kwargs["train_dataloader"], kwargs["epoch"])
         return super()._run_epoch(**kwargs)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Count]:
         """
-        Returns the batches of a step. Those of a stream that ends before it has enough of them begin the first step of
-        the next epoch: `Trainer` would add their gradient to that of this step.
+        Returns the batches of a step. Where a stream ends with too few for a step, they begin the first step of the
+        next epoch. `Trainer` would add their gradient to that of this step.
         """
         batches = [*self._left_over, *itertools.islice(epoch_iterator, num_batches - len(self._left_over))]
         self._left_over = batches if len(batches) < num_batches else []
-        if self._left_over and self.state.global_step == 0:
+        if not self._left_over:
+            return batches, self._get_num_items_in_batch(batches, device)
+        if self.state.global_step == 0:
             raise ValueError(
                 f"The stream has {len(batches)} batches on this process, too few for a step of "
                 f"`gradient_accumulation_steps={num_batches}`. Lower that, or `per_device_train_batch_size`."
             )
-        return ([], None) if self._left_over else (batches, self._get_num_items_in_batch(batches, device))
+        return [], None
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Count:
         if self.get_sp_size() == 1:
             count = super()._get_num_items_in_batch(batch_samples, device)
         else:
-            # `Trainer` looks for `labels`, of which DeepSpeed leaves `shift_labels`, and divides the sum over all ranks
-            # by `sp_size`, as if those that share a sequence held the same tokens
+            # `Trainer` counts `labels`, of which DeepSpeed leaves only `shift_labels`. It also divides the sum over all
+            # ranks by `sp_size`, as if the ranks that share a sequence held the same tokens
             shifted = [{"labels": batch["shift_labels"], **batch} for batch in batch_samples]
             count = super()._get_num_items_in_batch(shifted, device) * self.get_sp_size()
         if count is None or self.args.loss_divisor == "count":
@@ -143,9 +139,7 @@ class ParallelMixin(Trainer):
             sums = self.accelerator.reduce(sums)
         return count * sums[0] / sums[1].clamp(min=1)
 
-    def loss_divisor(
-        self, token_weights: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor | float:
+    def loss_divisor(self, token_weights: torch.Tensor, num_items_in_batch: Count) -> torch.Tensor | float:
         """
         Returns what the weighted sum of a micro-batch is divided by. As in TRL, it counts the tokens of all ranks, over
         which the gradients are averaged.
@@ -157,9 +151,7 @@ class ParallelMixin(Trainer):
             return num_items_in_batch
         return num_items_in_batch / (self.accelerator.num_processes // self.get_tp_size())
 
-    def _prepare_context_parallel_inputs(
-        self, model: torch.nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Callable, dict[str, Any]]:
+    def _prepare_context_parallel_inputs(self, model: torch.nn.Module, inputs: Batch) -> tuple[Callable, Batch]:
         if self.get_cp_size() == 1:
             return super()._prepare_context_parallel_inputs(model, inputs)
         context, inputs = super()._prepare_context_parallel_inputs(model, _shift_targets(inputs))
@@ -171,18 +163,14 @@ class ParallelMixin(Trainer):
         return context, inputs
 
 
-def _shift_targets(batch: dict[str, Any]) -> dict[str, Any]:
+def _shift_targets(batch: Batch) -> Batch:
     """
-    Returns the batch with weights and regions at the position that predicts the token, where labels are moved to
-    (`shift_labels`), before the sequences are split: the target of the last token of a part is in another part.
+    Moves weights and regions to the position that predicts the token, as `shift_labels` are moved. This comes before
+    the sequences are split: the target of the last token of a part is in another part.
     """
-    shifted = {
-        name: F.pad(batch[name], (0, 1), value=fill)[:, 1:].contiguous()
-        for name, fill in _TARGETS.items()
-        if name in batch
-    }
-    return {**batch, **shifted}
+    targets = {name: F.pad(batch[name], (0, 1), value=none) for name, none in _TARGETS.items() if name in batch}
+    return batch | {name: padded[:, 1:].contiguous() for name, padded in targets.items()}
 
 
-def _collate_shifted(collator: Callable, examples: list[dict[str, Any]]) -> dict[str, Any]:
+def _collate_shifted(collator: Callable, examples: list[dict[str, Any]]) -> Batch:
     return _shift_targets(collator(examples))
