@@ -26,6 +26,7 @@ import torch
 from contenders import SELECTING, loss_function
 
 from wit_trl.check.kernels import HEAD_CASES, LIMITS, head_errors, head_inputs
+from wit_trl.check.timing import measured, peak_memory, synchronize
 from wit_trl.loss import one_pass
 
 
@@ -76,34 +77,6 @@ JOBS = (
     *(("step", "wit_trl"), ("step", "trl"), ("head", "liger"), ("head", "cce"), ("head", "original")),
     ("step", "wit_trl, fused_head=trl"),
 )
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def peak_memory(device: str) -> float:
-    """Returns the most MiB that were allocated since the last reset, or 0 where nobody counts."""
-    return torch.accelerator.max_memory_allocated() / 2**20 if device != "cpu" else 0.0
-
-
-def measured(call: Callable[[], None], device: str, repeats: int) -> dict[str, float]:
-    """Returns the median seconds of a call, and its peak memory in MiB, without what was allocated before."""
-    call()  # compiles
-    before = 0.0
-    if device != "cpu":
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
-        before = peak_memory(device)
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds), "MiB": peak_memory(device) - before, "all_seconds": seconds}
 
 
 def check(contender: str, device: str) -> Iterator[tuple[str, Callable[[], dict]]]:

@@ -10,9 +10,10 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import WITSFTConfig
 from ..loss import one_pass
-from ..loss.functions import trl_weighted_nll
+from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy
 from ..trainer import WITSFTTrainer
-from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors
+from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors, head_inputs
+from .timing import measured
 from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, differences
 
 
@@ -94,3 +95,32 @@ def check_trainers(device: str) -> Iterator[Check]:
 
         remedy = "The loss depends on how a step is split. Set `gradient_accumulation_steps=1`."
         yield _run(f"{micro_batches} micro-batches as one", TRAINING_LIMIT, remedy, split)
+
+
+def time_heads(device: str, hidden_size: int, vocabulary: int) -> dict[str, float]:
+    """
+    Returns the median seconds of head and loss, forward and backward: of the bare matrix products, which are the limit,
+    and of each kernel. Half of the tokens have a weight. In the data type that a training has by default.
+    """
+    tokens, repeats, dtype = (256, 3, torch.float32) if device == "cpu" else (8192, 10, torch.bfloat16)
+    hidden_states, weight, _, targets, token_weights = head_inputs(device, dtype, tokens, hidden_size, vocabulary)
+    kept = hidden_states[token_weights != 0]
+
+    def products():
+        logits = kept @ weight.t()
+        logits @ weight
+        logits.t() @ kept
+
+    found = {"products": measured(products, device, repeats)["seconds"]}
+    hidden_states.requires_grad_()
+    weight.requires_grad_()
+    for name in KERNELS:
+
+        def call(name=name):
+            weighted_linear_cross_entropy(
+                hidden_states, weight, targets, token_weights, fused_head=name
+            ).loss.backward()
+            hidden_states.grad = weight.grad = None
+
+        found[name] = measured(call, device, repeats)["seconds"]
+    return found

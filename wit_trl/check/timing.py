@@ -1,12 +1,11 @@
-"""Time and memory of a call on any device, and of the LM head in particular."""
+"""Time and memory of a call, on any device."""
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-
-from .kernels import Kernel, head_inputs
 
 
 def synchronize(device: str) -> None:
@@ -19,7 +18,7 @@ def peak_memory(device: str) -> float:
     return torch.accelerator.max_memory_allocated() / 2**20 if device != "cpu" else 0.0
 
 
-def measured(call: Callable[[], None], device: str, repeats: int) -> dict[str, float | list[float]]:
+def measured(call: Callable[[], None], device: str, repeats: int) -> dict[str, Any]:
     """Returns the seconds of a call, all and their median, and its peak in MiB above what was allocated before."""
     call()  # compiles
     before = 0.0
