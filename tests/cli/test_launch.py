@@ -21,6 +21,11 @@ from wit_trl.sweep.arguments import SweepArguments
 
 CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
+# What takes seconds to import, and says nothing about flags
+NOT_FOR_HELP = (
+    *("datasets", "peft", "transformers.modeling_utils", "transformers.trainer", "transformers.models.llama"),
+    *("trl.trainer.sft_trainer", "optuna", "scipy", "matplotlib", "wit_trl.trainer", "wit_trl.embedded"),
+)
 
 
 @pytest.fixture
@@ -311,3 +316,19 @@ def test_module_runs_and_help_needs_no_torch():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect}")
+
+
+def test_help_of_a_command_imports_flags_alone():
+    code = f"""if True:
+        import contextlib, sys
+        from wit_trl.cli import main
+        for command in ("sft", "inspect", "sweep"):
+            sys.argv = ["wit-trl", command, "-h"]
+            with contextlib.suppress(SystemExit):
+                main()
+            print(f"\\n{{command}}: imported", [name for name in {NOT_FOR_HELP} if sys.modules.get(name)])"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    for command in ("sft", "inspect", "sweep"):
+        assert f"usage: wit-trl {command} [flags]" in process.stdout
+        assert f"\n{command}: imported []\n" in process.stdout

@@ -94,6 +94,7 @@ def test_other_forms_of_a_data_set(name, mixture, folder):
         ("a.txt", b"a\ncaf\xe9\n", "a.txt, line 2: this is not UTF-8. Save the file as UTF-8."),
         ("a.jsonl", b'{"a": 1}\n{"a" 2}\n', "a.jsonl, line 2: this is not JSON (Expecting ':' delimiter, column 6)."),
         ("a.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', "a.json, line 3: this is not JSON (Expecting ',' delimiter"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2,\n{"a": 3}\n', "a.jsonl, line 2: this is not JSON ("),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a" 2}\n'), "a.jsonl.gz, line 2: this is not JSON ("),
         ("a.jsonl", b"", "There is no file a.jsonl, or it is empty."),
     ],

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from wit_trl.cli import main, sft
 from wit_trl.sweep.arguments import BASELINE, PAPER_PAIRS, SweepArguments
+from wit_trl.sweep.command import parse_sweep_flags
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -227,8 +228,12 @@ def test_pairs_that_are_searched():
     assert SweepArguments().all_pairs() == [(ratio, 1.0) for ratio in (0.0, 0.1, 0.25, 0.5, 1.0)]
     assert SweepArguments(ratios=[0.3, 0.3]).all_pairs() == [BASELINE, (0.3, 1.0)]
     assert SweepArguments(pairs=["0.2,0.8", "0,1"]).all_pairs() == [BASELINE, (0.2, 0.8)]
-    # What a YAML file may have
-    assert SweepArguments(pairs="0.2,0.8").all_pairs() == [BASELINE, (0.2, 0.8)]
-    assert SweepArguments(pairs=[[0.2, 0.8]]).all_pairs() == [BASELINE, (0.2, 0.8)]
-    assert SweepArguments(ratios=0.5, seeds=3, eval_dataset="other=o.jsonl").seeds == [3]
     assert sorted(SweepArguments(grid="paper").all_pairs()) == PAPER_PAIRS
+
+
+def test_yaml_file_may_have_a_single_value_and_pairs_of_numbers(tmp_path):
+    for text in ("pairs: 0.2,0.8", "pairs: [[0.2, 0.8]]"):
+        (tmp_path / "sweep.yaml").write_text(f"{text}\nseeds: 3\neval_dataset: other=o.jsonl\n")
+        sweep = parse_sweep_flags(["--config", str(tmp_path / "sweep.yaml")]).make(SweepArguments)
+        assert sweep.all_pairs() == [BASELINE, (0.2, 0.8)]
+        assert (sweep.seeds, sweep.eval_dataset) == ([3], ["other=o.jsonl"])

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from wit_trl.sweep.arguments import BASELINE, RETENTION_METRIC, TASK_METRIC
 from wit_trl.sweep.report import html_page, plot, show
 from wit_trl.sweep.results import SweepResults
 from wit_trl.sweep.study import SweepStudy, TrialSettings
+from wit_trl.sweep.worker import time_left
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -326,3 +328,14 @@ def test_table_fits_a_terminal_and_marks_what_was_chosen(make_results):
     shown = console.file.getvalue()
     for metric in ("eval_completion_loss", "eval_other_completion_loss"):
         assert re.search(rf"{metric} +before +[\d.]+\s+0 +3 +[\d.]+\s+0.25 +3 +[\d.]+ +-0.\d+ ± 0.\d+\s", shown)
+
+
+def test_time_left_is_that_of_the_rounds_to_come(study):
+    study.add([TrialSettings(BASELINE, seed) for seed in range(8)])
+    for seconds in (50, 70):
+        study.tell(study.take(), 1.0, seconds=seconds)
+    study.tell(study.take(), None, seconds=1, error="out of memory")
+    study.take()
+    assert time_left(study.trials) == timedelta(minutes=5)  # 1 runs, 4 wait
+    study.take()
+    assert time_left(study.trials) == timedelta(minutes=3)  # 2 run, 3 wait

@@ -2,13 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
@@ -16,15 +17,15 @@ from trl.scripts.utils import DatasetConfig
 from wit_trl.cli.loading import load_data
 from wit_trl.sweep import trial, worker
 from wit_trl.sweep.retention import GENERAL_PROMPTS, answers, general_prompts, prompts_of
+from wit_trl.sweep.trial import digest_of_rows
 
 from ..helpers import make_trainer
 from ..reference import region_sums
 
 
 @pytest.fixture
-def run(make_model, tokenizer, prompt_completion, tmp_path, monkeypatch):
+def run(make_model, tokenizer, prompt_completion, tmp_path):
     """A function that runs a trial in this process and returns what it wrote."""
-    monkeypatch.setattr(trial, "end_with_sweep", lambda: None)
     make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
@@ -215,7 +216,9 @@ def test_trial_on_other_data_or_model_than_the_base_is_refused(file, changed, ru
 
 
 def test_refusal_of_a_trial_ends_the_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "_launch", lambda folder: (folder / trial.REFUSAL).write_text("The rows changed."))
+    monkeypatch.setattr(
+        worker, "_launch", lambda folder, worker: (folder / trial.REFUSAL).write_text("The rows changed.")
+    )
     with pytest.raises(ValueError, match=r"^The rows changed\.$"):
         worker.train({}, tmp_path / "t[v1]")
 
@@ -276,3 +279,35 @@ def test_trials_of_a_seed_see_the_same_order_and_initial_weights(adapter, run):
     assert first[0] == other_ratio[0]  # before the first step, it depends on the rows of the batch alone
     assert first[1] != other_ratio[1]
     assert first[0] != other_seed[0]
+
+
+NESTED = [
+    {
+        "messages": [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": None if number % 3 else "", "calls": [{"x": number}] * (number % 2)},
+        ],
+        "weight": None if number % 7 == 0 else number / 3,
+    }
+    for number in range(2500)
+]
+
+
+def test_digest_of_rows_is_that_of_what_they_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in NESTED))
+    rows = load_dataset("json", data_files="rows.jsonl", split="train", cache_dir="cache")
+    digest = digest_of_rows(rows)
+    # Loaded anew, and in other pieces
+    assert digest_of_rows(load_dataset("json", data_files="rows.jsonl", split="train", cache_dir="other")) == digest
+    pieces = concatenate_datasets([rows.select(range(start, start + 500)) for start in range(0, 2500, 500)])
+    assert digest_of_rows(pieces) == digest
+    shuffled = rows.shuffle(seed=0)
+    assert digest_of_rows(shuffled) == digest_of_rows(shuffled.flatten_indices()) != digest
+    assert digest_of_rows(rows.to_iterable_dataset()) == digest_of_rows(rows.select(range(1000)))
+    # What differs in one place
+    others = [rows.select(range(2499)), rows.rename_column("weight", "weights"), rows.select([1, 0, *range(2, 2500)])]
+    for row in (rows[2233] | {"weight": 0.0}, rows[2233] | {"messages": rows[2232]["messages"]}):
+        middle = Dataset.from_list([row], features=rows.features)
+        others.append(concatenate_datasets([rows.select(range(2233)), middle, rows.select(range(2234, 2500))]))
+    assert len({digest, *map(digest_of_rows, others)}) == 1 + len(others)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 
-LAUNCHER = "WIT_TRL_LAUNCHER"  # the variable that tells a training which process launched it
+LAUNCHER = "WIT_TRL_LAUNCHER"  # the variable that tells a process which one launched it
 # The module of each command. Its `main` runs it
 _MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspect"}
 
@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def end_with_launcher() -> None:
-    """Ends this process soon after the `wit-trl sft` that launched it, which may be killed before it can end it."""
+    """Ends this process soon after the one that launched it, which may be killed before it can end it."""
     launcher = int(os.environ.pop(LAUNCHER, 0))
 
     def watch() -> None:

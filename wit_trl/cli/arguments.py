@@ -58,14 +58,10 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # what reads the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except Exception as error:
-        from datasets.exceptions import DatasetsError  # imported by now, but for the mere flags
-
-        if debug or not isinstance(error, DatasetsError | ImportError | OSError | ValueError | yaml.YAMLError):
+    except (ImportError, OSError, ValueError, yaml.YAMLError) as error:
+        if debug:
             raise
         message = f"error: {error}"
-        if isinstance(error, DatasetsError) and error.__cause__:
-            message += f": {error.__cause__}"
         if len(message) > 2 * _SHOWN:
             message = f"{message[:_SHOWN]} [... {len(message) - 2 * _SHOWN:,} characters ...] {message[-_SHOWN:]}"
         message = "\n".join(printable(line) for line in message.split("\n"))
@@ -109,9 +105,9 @@ class Flags:
         args: Sequence[str],  # without a `--debug` that has no value
         prog: str | None = None,
         defaults: dict[str, Any] | None = None,
-        embedded_defaults: dict[str, Any] | None = None,  # further defaults, for the embedded model and data
+        embedded_defaults: dict[str, Any] | None = None,  # further ones, where model and data are embedded
     ):
-        self.args, self.defaults, self.embedded_defaults = list(args), defaults or {}, embedded_defaults
+        self.args, self.defaults, self.embedded_defaults = list(args), defaults or {}, embedded_defaults or {}
         parser = _Parser(dataclass_types, prog, self.defaults)
         line, self.launch_on_line = parser.parse_known_args(self.args)
         self.given: dict[str, Any] = vars(line)  # by the name of the flag
@@ -139,9 +135,9 @@ class Flags:
         """The values by the name of the flag, with all defaults that are not those of the dataclasses."""
         if not self.is_embedded:
             return self.defaults | self.given
-        from ..embedded import EMBEDDED_DEFAULTS  # imports `transformers`, for which `--help` does not wait
+        from ..embedded import EMBEDDED_DEFAULTS  # imports `datasets`, for which `-h` does not wait
 
-        return (self.embedded_defaults or EMBEDDED_DEFAULTS) | self.defaults | self.given
+        return EMBEDDED_DEFAULTS | self.embedded_defaults | self.defaults | self.given
 
     def make(self, dataclass_type: type[T]) -> T:
         """Returns an instance of a dataclass. Raises `ValueError` for a model without data, or what it refuses."""

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ..data.schemas import to_trl_format
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_NEXT_VALUE = re.compile(r"\s*(\S)")
 
 
 @contextmanager
@@ -47,13 +49,15 @@ def errors_of_model(name: str) -> Iterator[None]:
 
 @contextmanager
 def errors_of_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Iterator[None]:
-    """Raises `ValueError` with the file and the line if local data is read within, and cannot be read."""
+    """Raises `ValueError` if data is read within, and cannot be read: for a local file with the line."""
     try:
         yield
-    except (DatasetsError, ValueError):
+    except (DatasetsError, ValueError) as error:
         for name in [part.path for part in dataset_args.datasets] or [script_args.dataset_name or ""]:
             _check_text(Path(name))
-        raise
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{error}: {error.__cause__}" if error.__cause__ else str(error)) from error
 
 
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
@@ -126,34 +130,20 @@ def _check_text(path: Path) -> None:
         return
     with fsspec.open(str(path), compression="infer") as file:
         content = file.read()
-    if loader == "json" and _is_json(content):
-        return
-    lines = [content] if content.lstrip()[:1] == b"[" else content.splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig")
-            if loader == "json" and text.strip():
-                json.loads(text)
-        except UnicodeDecodeError as error:
-            number += line.count(b"\n", 0, error.start)
-            raise ValueError(f"{path}, line {number}: this is not UTF-8. Save the file as UTF-8.") from error
-        except json.JSONDecodeError as error:
-            number += error.lineno - 1
-            raise ValueError(f"{path}, line {number}: this is not JSON ({error.msg}, column {error.colno}).") from error
-
-
-def _is_json(content: bytes) -> bool:
-    """Whether a file holds values of JSON, one after another."""
-    decoder, position = json.JSONDecoder(), 0
     try:
-        text = content.decode("utf-8-sig").rstrip()
-        while position < len(text):
-            while text[position].isspace():
-                position += 1
-            _, position = decoder.raw_decode(text, position)
-    except ValueError:
-        return False
-    return True
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: this is not UTF-8. Save the file as UTF-8.") from error
+    position = 0
+    while loader == "json" and (value := _NEXT_VALUE.match(text, position)):
+        try:
+            _, position = json.JSONDecoder().raw_decode(text, start := value.start(1))
+        except json.JSONDecodeError as error:
+            # A list may have many lines. Else each line is a value, and the decoder may have gone on to the next one
+            at = error.pos if text[start] == "[" else start
+            line, column = text.count("\n", 0, at) + 1, error.pos - text.rfind("\n", 0, at)
+            raise ValueError(f"{path}, line {line}: this is not JSON ({error.msg}, column {column}).") from error
 
 
 def select_splits(

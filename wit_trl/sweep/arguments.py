@@ -51,9 +51,6 @@ class SweepArguments:
     keep: str = HfArg(default="best", help="Which models are kept.", metadata={"choices": ["best", "all", "none"]})
 
     def __post_init__(self):
-        for name in ("ratios", "seeds", "pairs", "eval_dataset", "lm_eval_tasks"):  # a YAML file may have a single one
-            if not isinstance(value := getattr(self, name), list):
-                setattr(self, name, [value])
         if self.pairs and self.grid is not None:
             raise ValueError("--pairs and --grid both name the pairs. Leave out one of them.")
         for flag, values in (("ratios", self.ratios), ("seeds", self.seeds)):

@@ -10,14 +10,12 @@ import yaml
 
 from ..cli.arguments import TRAINING_TYPES, Flags, check_packages, errors_in_one_sentence, split_debug
 from ..cli.launch import accelerate_config_file
-from ..embedded import EMBEDDED_DEFAULTS
 from .arguments import SweepArguments
 
 
 # Without clipping, only the ratio of the weights matters
 _DEFAULTS = {"output_dir": "runs/sweep", "max_grad_norm": 0.0, "eval_strategy": "epoch", "save_strategy": "no"}
-# Ten trainings take some minutes
-_EMBEDDED_DEFAULTS = EMBEDDED_DEFAULTS | {"max_steps": 180, "eval_on_start": False}
+_EMBEDDED_DEFAULTS = {"max_steps": 180, "eval_on_start": False}  # ten trainings take some minutes
 # What each trial sets. It is refused on the command line. In a YAML file, which may be that of a training, it gives way
 _OF_THE_TRIALS = {
     "prompt_loss_weight": "--ratios or --pairs sets the weights of each trial",

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..report.page import page, printable
 from .arguments import BASELINE, TASK_METRIC, name_of
-from .results import SweepResults, signed
+from .results import SweepResults
 
 
 def table(results: SweepResults) -> Table:
@@ -26,7 +26,7 @@ def table(results: SweepResults) -> Table:
         rows.add_row(metric, "before", "", "" if before is None else f"{before:.3f}", "")
         for pair in results.pairs:
             found = results.difference(pair, metric)
-            difference = "" if found is None else signed(found)
+            difference = "" if found is None else str(found)
             style = "bold" if pair == results.best.settings.pair else None
             count, mean = str(len(results.of(pair))), f"{results.mean(pair, metric):.3f}"
             rows.add_row("", name_of(pair), count, mean, difference, style=style)

@@ -31,10 +31,8 @@ class TrialResult:
 
     @classmethod
     def read(cls, trial: FrozenTrial, folder: Path) -> "TrialResult":
-        measured: dict[str, Any] = {"metrics": {}, "answers": []}
-        if trial.state == TrialState.COMPLETE:
-            measured = json.loads((folder / "result.json").read_text())
         settings, error, seconds = TrialSettings.of(trial), trial.user_attrs.get("error"), trial.user_attrs["seconds"]
+        measured = json.loads((folder / "result.json").read_text()) if error is None else {"metrics": {}, "answers": []}
         return cls(settings, trial.number, folder, measured["metrics"], measured["answers"], error, seconds)
 
     def rows(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -175,7 +173,7 @@ class SweepResults:
         others = {pair: found for pair in self.pairs if (found := self.difference(pair, self.metric))}
         worse = {pair for pair, found in others.items() if found.is_found and not self._is_gain(found)}
         best, found = name_of(self.choice[0]), self.choice[1]
-        change = f", {signed(found)} on {self.metric} against 0" if found else ""
+        change = f", {found} on {self.metric} against 0" if found else ""
         of_choice = [found] if found else [*others.values()]
         if of_choice and all(each.half_width is None for each in of_choice):
             return f"{among}{best} did best{change}. One seed gives no interval."
@@ -196,16 +194,11 @@ def _names(pairs: Iterable[Pair]) -> str:
 
 def _effect(found: Difference, metric: str) -> str:
     if found.half_width is None:
-        return f"{signed(found)} on {metric}, without an interval"
+        return f"{found} on {metric}, without an interval"
     verb = "no difference found," if not found.is_found else "costs" if found.value > 0 else "gains"
-    return f"{verb} {signed(found)} on {metric}"
+    return f"{verb} {found} on {metric}"
 
 
 def _order(pair: Pair) -> tuple[float, bool, Pair]:
     prompt_to_completion = ratio(pair)
     return float("inf") if prompt_to_completion is None else prompt_to_completion, pair != BASELINE, pair
-
-
-def signed(found: Difference) -> str:
-    """Returns the text of a difference with its interval."""
-    return f"{found.value:+.3f}" + ("" if found.half_width is None else f" ± {found.half_width:.3f}")

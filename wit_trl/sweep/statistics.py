@@ -36,6 +36,10 @@ class Losses:
     def means(self) -> dict[tuple[Pair, int], float]:
         return {trial: float(totals.sum() / self.tokens.sum()) for trial, totals in self.totals.items()}
 
+    def choices(self, baseline: Pair) -> list[Pair]:
+        """Returns the pairs that have a seed in common with the baseline, without that itself."""
+        return sorted({pair for pair, seed in self.totals if pair != baseline and (baseline, seed) in self.totals})
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -49,6 +53,9 @@ class Difference:
     def is_found(self) -> bool:
         """Whether 0 is outside of the interval."""
         return self.half_width is not None and abs(self.value) > self.half_width
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
 
 
 def run_variance(means: Mapping[tuple[Pair, int], float]) -> tuple[float, int]:
@@ -85,8 +92,7 @@ def difference(losses: Losses, pair: Pair, baseline: Pair) -> Difference:
         rows = float(np.sum(residuals**2)) / tokens**2
         weighted += rows**2 / (count - 1)
     satterthwaite = (runs + rows) ** 2 / weighted if weighted else 1.0
-    choices = len({p for p, seed in losses.totals if p != baseline and (baseline, seed) in losses.totals})
-    quantile = _dunnett_quantile(choices, max(int(satterthwaite), 1))
+    quantile = _dunnett_quantile(len(losses.choices(baseline)), max(int(satterthwaite), 1))
     return Difference(value, quantile * float(np.sqrt(rows + runs)), len(seeds))
 
 
@@ -102,8 +108,7 @@ def _dunnett_quantile(choices: int, degrees: int, draws: int = 50_000) -> float:
 
 def choose(losses: Losses, baseline: Pair, greater_is_better: bool = False) -> tuple[Pair, Difference | None]:
     """Returns the pair that does best, with its difference from the baseline: `None` for the baseline itself."""
-    others = sorted({p for p, seed in losses.totals if p != baseline and (baseline, seed) in losses.totals})
-    found = {pair: difference(losses, pair, baseline) for pair in others}
+    found = {pair: difference(losses, pair, baseline) for pair in losses.choices(baseline)}
     sign = -1 if greater_is_better else 1
-    best = min([baseline, *others], key=lambda pair: sign * found[pair].value if pair in found else 0.0)
+    best = min([baseline, *found], key=lambda pair: sign * found[pair].value if pair in found else 0.0)
     return best, found.get(best)

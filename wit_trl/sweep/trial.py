@@ -5,23 +5,22 @@ import importlib
 import itertools
 import json
 import math
-import os
 import runpy
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import snapshot_download
-from trl import DatasetMixtureConfig
+from trl import DatasetMixtureConfig, ModelConfig
 
+from ..cli import end_with_launcher
 from ..cli.arguments import TRAINING_TYPES, Arguments, Flags, errors_in_one_sentence, split_debug
 from ..cli.loading import load_data, select_splits
 from ..cli.sft import prepare
@@ -34,26 +33,13 @@ from .retention import answers, can_answer, general_prompts, prompts_of
 TRIAL_TYPES = (SweepArguments, *TRAINING_TYPES)
 SHOWN_PROMPTS = 3  # number of prompts whose answers the report shows
 _MODEL_FILES = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")  # and not a README, or logs
+_POSITIONS = ("step", "epoch")  # in a log, besides what was measured
 STEP = "step: "  # begins the lines of the log that say what a trial is at
 REFUSAL = "refusal.txt"  # why a trial, and with it the sweep, does not go on
 
 
 def _tell(step: str) -> None:
     print(f"{STEP}{step}", flush=True)
-
-
-def end_with_sweep() -> None:
-    """Ends this process soon after its launcher or the worker, which may be killed before they can end it."""
-    above = psutil.Process().parents()[:2]
-
-    def watch() -> None:
-        try:
-            while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in above):
-                time.sleep(1)
-        finally:
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def metric_function(name: str) -> Callable[[WITSFTTrainer], float]:
@@ -85,30 +71,29 @@ def evaluation_sets(trial: SweepArguments, arguments: Arguments, trainer: WITSFT
     return sets
 
 
-def fingerprints(arguments: Arguments, trainer: WITSFTTrainer, sets: Mapping[str, Any]) -> dict[str, str]:
-    """Returns hashes of all rows of the sets, or the first 1,000 of a stream, and of the model with its tokenizer."""
-    model = arguments.model
-    parts: dict[str, Iterable[bytes]] = {}
-    for name, rows in sets.items():
-        batches = itertools.islice(rows.with_format("arrow").iter(100), None if isinstance(rows, Dataset) else 10)
-        parts[name] = (repr(batch.to_pydict()).encode() for batch in batches)
-    folder = Path(model.model_name_or_path)
-    if not folder.is_dir():  # it is in the cache of the Hub
-        folder = Path(snapshot_download(str(folder), revision=model.model_revision, local_files_only=True))
-        parts["model"] = [folder.name.encode()]  # the commit
-    else:
-        parts["model"] = (_digest(file) for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES)
-    parts["chat template"] = [str(tokenizer_of(trainer.processing_class).chat_template).encode()]
-    hashes = {name: hashlib.sha256() for name in parts}
-    for name, contents in parts.items():
-        for content in contents:
-            hashes[name].update(content)
-    return {name: found.hexdigest() for name, found in hashes.items()}
+def digest_of_rows(rows: Dataset | IterableDataset) -> str:
+    """Returns a hash of all rows, or of the first 1,000 of a stream: the same, in whatever pieces they are stored."""
+    digest = hashlib.sha256()
+    for table in itertools.islice(rows.with_format("arrow").iter(1000), None if isinstance(rows, Dataset) else 1):
+        # To take them writes them anew, without what a slice or a null may hide
+        table, sink = table.combine_chunks().take(np.arange(len(table))), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
+            stream.write_table(table.replace_schema_metadata())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
 
 
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def digest_of_model(model: ModelConfig) -> str:
+    """Returns a hash of the files of a model and its tokenizer, or of the commit of a repository of the Hub."""
+    digest, folder = hashlib.sha256(), Path(model.model_name_or_path)
+    if not folder.is_dir():  # it is in the cache, in a folder that its commit names
+        commit = Path(snapshot_download(str(folder), revision=model.model_revision, local_files_only=True)).name
+        digest.update(commit.encode())
+    for path in sorted(folder.glob("*")):
+        if path.suffix in _MODEL_FILES:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_fingerprints(found: dict[str, str], folder: Path) -> None:
@@ -123,7 +108,7 @@ def check_fingerprints(found: dict[str, str], folder: Path) -> None:
         raise ValueError(refusal)
 
 
-def mean_losses(rows: Dataset | dict[str, list]) -> dict[str, float]:
+def mean_losses(rows: Dataset) -> dict[str, float]:
     """Returns the mean loss of each region that has tokens."""
     tokens = {region: sum(rows[f"{region}_tokens"]) for region in ("prompt", "completion")}
     return {region: sum(rows[f"{region}_nll"]) / count for region, count in tokens.items() if count}
@@ -174,10 +159,10 @@ def measure(trial: SweepArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
     """Returns the metrics of a trained model and its answers to a few prompts. Writes the losses of all rows."""
     folder = Path(trainer.args.output_dir)
     base = folder.parent / "base"
-    logged = dict(item for log in trainer.state.log_history for item in log.items() if item[0] not in ("step", "epoch"))
-    metrics = {name: value for name, value in logged.items() if isinstance(value, int | float)}
+    logged = (item for log in trainer.state.log_history for item in log.items())
+    metrics = {name: value for name, value in logged if isinstance(value, int | float) and name not in _POSITIONS}
     if trial.retention_prompts:
-        sets = sets | {"retention_": Dataset.from_dict(pq.read_table(base / "answers.parquet").to_pydict())}
+        sets = sets | {"retention_": Dataset(pq.read_table(base / "answers.parquet"))}
     for prefix, dataset in sets.items():
         rows = trainer.evaluate_rows(dataset)
         if trainer.is_world_process_zero():
@@ -185,12 +170,14 @@ def measure(trial: SweepArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
         trainer.accelerator.wait_for_everyone()
         losses = mean_losses(rows)
         if prefix == "retention_":
-            before = mean_losses(pq.read_table(base / "retention_rows.parquet").to_pydict())
+            before = mean_losses(Dataset(pq.read_table(base / "retention_rows.parquet")))
             metrics[RETENTION_METRIC] = losses["completion"] - before["completion"]
         else:
             metrics |= {f"eval_{prefix}{region}_loss": loss for region, loss in losses.items()}
-    of_benchmarks, greater_is_better = run_benchmarks(trial.lm_eval_tasks, trainer) if trial.lm_eval_tasks else ({}, {})
-    metrics |= of_benchmarks
+    greater_is_better: dict[str, bool] = {}
+    if trial.lm_eval_tasks:
+        of_benchmarks, greater_is_better = run_benchmarks(trial.lm_eval_tasks, trainer)
+        metrics |= of_benchmarks
     if ":" in trial.metric:
         metrics[trial.metric] = float(metric_function(trial.metric)(trainer))
     tokenizer = tokenizer_of(trainer.processing_class)
@@ -207,19 +194,21 @@ def measure(trial: SweepArguments, trainer: WITSFTTrainer, sets: dict[str, Datas
 def main(args: Sequence[str] | None = None) -> None:
     """Runs a trial in this process. In the folder `base`, it measures the model as it is, and writes its answers."""
     args, debug = split_debug(args)
+    end_with_launcher()
     with errors_in_one_sentence(debug):
         flags = Flags(TRIAL_TYPES, args)
         trial, arguments = flags.make(SweepArguments), flags.check()
-        end_with_sweep()
         folder = Path(arguments.training.output_dir)
         _tell("loading the model and preparing the rows")
         trainer, dataset = prepare(arguments)
         sets = evaluation_sets(trial, arguments, trainer)
         known = {}
         if trainer.is_world_process_zero():
-            training = {"training rows": dataset[arguments.script.dataset_train_split]}
-            tests = {f"test rows {prefix[:-1]}".strip(): rows for prefix, rows in sets.items()}
-            known = fingerprints(arguments, trainer, training | tests)
+            rows = {"training rows": dataset[arguments.script.dataset_train_split]}
+            rows |= {f"test rows {prefix[:-1]}".strip(): tests for prefix, tests in sets.items()}
+            known = {name: digest_of_rows(part) for name, part in rows.items()}
+            known["model"] = digest_of_model(arguments.model)
+            known["chat template"] = str(tokenizer_of(trainer.processing_class).chat_template)
             if folder.name != "base":
                 check_fingerprints(known, folder)
         if ":" in trial.metric:

@@ -1,9 +1,11 @@
 """A worker of `wit-trl sweep`: it measures the base model, runs trials until none is left, and reports."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
@@ -15,10 +17,10 @@ from typing import Any
 import yaml
 from filelock import FileLock
 from optuna import Trial
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
-from ..cli import launch
+from ..cli import LAUNCHER, end_with_launcher, launch
 from ..embedded import load_stdlib_functions, save_embedded_model, train_embedded_tokenizer
 from .arguments import BASELINE, TASK_METRIC, SweepArguments
 from .report import html_page, plot, show
@@ -40,9 +42,11 @@ _LOG_LINES = 25  # of a trial that failed
 _POLL_SECONDS = 2
 
 
-def _launch(folder: Path) -> None:
+def _launch(folder: Path, worker: int) -> None:
     """Launches a trial, in a fork of the worker, which has imported what a launcher needs."""
     os.setsid()  # Ctrl-C does not reach it
+    os.environ[LAUNCHER] = str(worker)
+    end_with_launcher()
     sys.stdout = sys.stderr = (folder / "log.txt").open("a", encoding="utf-8", buffering=1)
     for stream in (1, 2):
         os.dup2(sys.stdout.fileno(), stream)
@@ -57,7 +61,7 @@ def train(config: dict[str, Any], folder: Path, say: Callable[[str], None] | Non
     config = config | {"output_dir": str(folder)}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / "log.txt").write_text("")
-    process = multiprocessing.get_context("fork").Process(target=_launch, args=(folder,))
+    process = multiprocessing.get_context("fork").Process(target=_launch, args=(folder, os.getpid()))
     process.start()
     lines = []
     try:
@@ -76,6 +80,13 @@ def train(config: dict[str, Any], folder: Path, say: Callable[[str], None] | Non
     if process.exitcode == 0 and (folder / "result.json").exists():
         return None
     return "".join([*lines[-_LOG_LINES:], f"It ended with the status {process.exitcode}."])
+
+
+def time_left(trials: Collection[FrozenTrial]) -> timedelta:
+    """Returns how long the trials take that run or wait, if as many as now go on running side by side."""
+    seconds = [trial.user_attrs["seconds"] for trial in trials if trial.state == TrialState.COMPLETE]
+    running, waiting = (sum(trial.state == s for trial in trials) for s in (TrialState.RUNNING, TrialState.WAITING))
+    return timedelta(seconds=round(statistics.mean(seconds) * math.ceil((running + waiting) / running)))
 
 
 class SweepWorker:
@@ -143,7 +154,8 @@ class SweepWorker:
             states = Counter(trial.state for trial in self.study.trials)
             done, running, left = (states[s] for s in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING))
             if trial is not None:
-                self._run(trial, f"{done} done, {running} running, {left} left")
+                counts = f"{done} done, {running} running, {left} left"
+                self._run(trial, f"{counts}, {time_left(self.study.trials)} to go" if done else counts)
             elif running or left:
                 time.sleep(_POLL_SECONDS)
             else:
