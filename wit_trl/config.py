@@ -12,7 +12,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
-from .loss.functions import FUSED_HEADS
+from .loss.params import FUSED_HEADS
 from .loss.token_factors import TOKEN_FACTORS
 from .weights import WEIGHT_RANGE, StructureWeights, is_weight
 

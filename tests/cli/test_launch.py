@@ -24,7 +24,7 @@ FILES = sorted(CONFIGS.glob("*.yaml"))
 # What takes seconds to import, and says nothing about flags
 NOT_FOR_HELP = (
     *("datasets", "peft", "transformers.modeling_utils", "transformers.trainer", "transformers.models.llama"),
-    *("trl.trainer.sft_trainer", "optuna", "scipy", "matplotlib", "wit_trl.trainer", "wit_trl.embedded"),
+    *("trl.trainer.sft_trainer", "optuna", "scipy", "matplotlib", "wit_trl.trainer", "wit_trl.embedded", "triton"),
 )
 
 

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import WITSFTConfig
 from ..loss import one_pass
-from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy
+from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy, wit_loss
 from ..trainer import WITSFTTrainer
 from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors, head_inputs
 from .timing import measured
@@ -95,6 +95,24 @@ def check_trainers(device: str) -> Iterator[Check]:
 
         remedy = "The loss depends on how a step is split. Set `gradient_accumulation_steps=1`."
         yield _run(f"{micro_batches} micro-batches as one", TRAINING_LIMIT, remedy, split)
+
+
+@torch.no_grad()
+def check_loss(trainer: WITSFTTrainer) -> Check:
+    """Compares the loss of the first micro-batch with that of the model's own logits."""
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    inputs = trainer._prepare_inputs(inputs)
+    ignored = ("labels", "token_weights", "completion_mask", "example_lengths")
+
+    def measure():
+        logits = trainer.model(**{name: x for name, x in inputs.items() if name not in ignored}).logits
+        expected = wit_loss(logits, inputs["labels"], inputs["token_weights"])
+        return ((trainer.compute_loss(trainer.model, inputs) - expected) / expected).abs().item()
+
+    dtype = trainer.model.dtype
+    remedy = "The fused head scores the tokens of this model otherwise than its logits do. Report it with the model."
+    return _run(f"loss of {int((inputs['labels'] != -100).sum())} tokens of the data", LIMITS[dtype], remedy, measure)
 
 
 def time_heads(device: str, hidden_size: int, vocabulary: int) -> dict[str, float]:

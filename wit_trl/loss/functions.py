@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from . import one_pass
-from .params import HeadParams, TokenScores
+from .params import FUSED_HEADS, HeadParams, TokenScores
 from .token_factors import TokenFactors
 
 
-FUSED_HEADS = ("auto", "one_pass", "trl")
 # Where the one-pass kernel is chosen by itself
 _ONE_PASS_DEVICES = ("cpu",)
 _VOCABULARY_CHUNK = 32768  # as TRL calls its kernel

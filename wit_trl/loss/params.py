@@ -9,6 +9,9 @@ import torch
 from .token_factors import TokenFactors
 
 
+FUSED_HEADS = ("auto", "one_pass", "trl")  # the values of `fused_head`. The configuration reads them without Triton
+
+
 @dataclass(frozen=True, eq=False)
 class HeadParams:
     """What the hidden states of `N` tokens are scored with: arguments of [`weighted_linear_cross_entropy`]."""
