@@ -2,10 +2,8 @@
 
 import inspect
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from triton.compiler import ASTSource
 
 from wit_trl.loss import rows
 
+from ..forks import run, run_python
 from .triton_worker import MODES
 
 
@@ -22,22 +21,16 @@ pytestmark = pytest.mark.xdist_group("triton")
 
 
 def run_interpreted(*arguments):
-    """Runs Python in Triton's interpreter and returns its last line."""
-    process = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout.splitlines()[-1]
+    """Runs Python in Triton's interpreter."""
+    status, output = run(run_python, *arguments)
+    assert status == 0, output
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return json.loads(run_interpreted("-m", "tests.loss.triton_worker", str(tmp_path_factory.mktemp("triton"))))
+    folder = tmp_path_factory.mktemp("triton")
+    run_interpreted("-m", "tests.loss.triton_worker", folder)
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -49,7 +42,8 @@ def test_training_and_evaluation_equal_the_kernel_for_cpus(kernel, mode, results
 
 
 def test_head_equals_float64():
-    run_interpreted("-m", "pytest", "-o", "addopts=", "-q", "tests/loss/triton_interpreter.py")
+    file = Path(__file__).with_name("triton_interpreter.py")
+    run_interpreted("-m", "pytest", "-o", "addopts=", "-q", file)
 
 
 # Each thread of a row loads and stores 16 bytes at a time; registers that do not suffice are spilled to slow memory

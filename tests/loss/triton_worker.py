@@ -3,11 +3,12 @@ Trains and evaluates with the Triton kernels, TRL's and ours, in Triton's interp
 
     TRITON_INTERPRET=1 python -m tests.loss.triton_worker FOLDER
 
-Prints the logs of all as JSON. `TRITON_INTERPRET` has to be set before the first import of Triton.
+Writes the logs of all as `results.json`. `TRITON_INTERPRET` has to be set before the first import of Triton.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 import trl.kernels.chunked_logprob
@@ -20,6 +21,7 @@ from wit_trl import WITSFTConfig, WITSFTTrainer
 from wit_trl.loss import one_pass
 
 from ..distributed.worker import make_model, make_rows
+from . import patch_once  # noqa: F401
 
 
 MODES = {
@@ -94,4 +96,4 @@ if __name__ == "__main__":
         results[kernel] = {
             mode: run(sys.argv[1], {**options, "fused_head": fused_head}) for mode, options in MODES.items()
         }
-    print(json.dumps(results))
+    (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results))
