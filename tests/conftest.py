@@ -43,12 +43,16 @@ DOCUMENTED = [
 ]
 
 
-# Their single tests take up to minutes, so they come first: no process is left alone with one of them at the end
-LONG = ("tests/sweep/test_command.py", "tests/test_examples.py")
+# The group of the first takes minutes, and single tests of the others a minute, so they come first, in this order: no
+# process is left alone with one of them at the end
+LONG = ("tests/distributed/", "tests/test_examples.py", "tests/sweep/test_command.py", "tests/loss/test_triton.py")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    def place(item):
+        return next((place for place, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG))
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish():

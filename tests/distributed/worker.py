@@ -154,7 +154,7 @@ def make_scenario(folder, scenario, batch_size, accumulation, callbacks=(), **ar
     }
     if SEQUENCE_PARALLEL_SIZE > 1:
         config["pad_to_multiple_of"] = 36  # more than any row: gloo gathers batches of one length only
-    # The interpreter takes a twentieth of a second for a token
+    # The interpreter is slow
     longest = 6 if "triton" in scenario else None
     train_rows, eval_rows = (
         Dataset.from_list([{name: values[:longest] for name, values in row.items()} for row in make_rows(count)])
