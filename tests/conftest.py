@@ -43,16 +43,13 @@ DOCUMENTED = [
 ]
 
 
-# The group of the first takes minutes, and single tests of the others a minute, so they come first, in this order: no
+# Single tests of these take up to a minute, so they come first, after the groups, which pytest-xdist takes first: no
 # process is left alone with one of them at the end
-LONG = ("tests/distributed/", "tests/test_examples.py", "tests/sweep/test_command.py", "tests/loss/test_triton.py")
+LONG = ("tests/test_examples.py", "tests/sweep/test_command.py", "tests/loss/test_triton.py")
 
 
 def pytest_collection_modifyitems(items):
-    def place(item):
-        return next((place for place, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG))
-
-    items.sort(key=place)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 def pytest_collection_finish():
