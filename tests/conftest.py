@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two processes run the tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub; inherited by the processes tests start
 
 import functools
+import gc
 import html
 import inspect
 import json
@@ -42,12 +43,19 @@ DOCUMENTED = [
 ]
 
 
-# Their single tests take up to minutes, so they come first: no process is left alone with one of them at the end
-LONG = ("tests/sweep/test_command.py", "tests/test_examples.py")
+# Single tests of these take up to a minute, so they come first, after the groups, which pytest-xdist takes first: no
+# process is left alone with one of them at the end
+LONG = ("tests/test_examples.py", "tests/sweep/test_command.py", "tests/loss/test_triton.py")
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
+def pytest_collection_finish():
+    """Has the garbage collector pass over all that was imported, which every training else looks through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`examples/sft_wit.py` as users start it, in processes of its own."""
+"""`examples/sft_wit.py` as users start it, with `accelerate launch`. `make train` starts it as a program."""
 
 import importlib.util
 import json
@@ -6,8 +6,6 @@ import math
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,19 +19,18 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 from wit_trl import WITSFTConfig
 from wit_trl.cli.arguments import TRAINING_TYPES, Flags, parse_launch_flags
 
+from .forks import REPOSITORY, accelerate_launch, run
 
-REPOSITORY = Path(__file__).parent.parent
+
 CONFIGS = REPOSITORY / "accelerate_configs"
 
 
 def launch(*arguments, check=True, launch_arguments=("--config_file", CONFIGS / "single_device.yaml")):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch_arguments, "examples/sft_wit.py", *arguments]
-    environment = os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    process = subprocess.run(
-        list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert not check or process.returncode == 0, process.stdout + process.stderr
-    return process.stdout if check else process.stderr
+    environment = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    example = REPOSITORY / "examples" / "sft_wit.py"
+    status, output = run(accelerate_launch, *launch_arguments, example, *arguments, **environment)
+    assert not check or status == 0, output
+    return output
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import pytest
 
 from wit_trl.cli import sft
 
-
-REPOSITORY = Path(__file__).parents[2]
+from .. import forks
 
 
 @pytest.fixture
@@ -131,7 +130,9 @@ def test_flag_of_the_launcher_is_refused_where_there_is_none(error, tmp_path, js
 
 
 def wit_trl(*args, cwd, check=True, **environment):
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"} | environment
+    environment = (
+        os.environ | {"PYTHONPATH": str(forks.REPOSITORY), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"} | environment
+    )
     command = [sys.executable, "-m", "wit_trl", *map(str, args)]
     process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
     assert not check or process.returncode == 0, process.stdout + process.stderr
@@ -146,7 +147,7 @@ def test_embedded_default_needs_no_extra(tmp_path):
     process = wit_trl(
         *("sft", "--max_steps", 1, "--max_length", 24, "--eval_strategy", "no", "--output_dir", "out"),
         cwd=tmp_path,
-        PYTHONPATH=f"{tmp_path / 'none'}{os.pathsep}{REPOSITORY}",
+        PYTHONPATH=f"{tmp_path / 'none'}{os.pathsep}{forks.REPOSITORY}",
     )
     # One evaluation has one value
     lines = [line for line in process.stdout.splitlines() if line.startswith("validation")]
@@ -174,14 +175,16 @@ TWO_PROCESSES = (
 )
 
 
-def test_two_processes_on_a_cpu_from_a_yaml_file(model_folder, jsonl, tmp_path):
+def test_two_processes_on_a_cpu_from_a_yaml_file(model_folder, jsonl, tmp_path, monkeypatch):
     config = {"model_name_or_path": "model", "dataset_name": str(jsonl), "output_dir": "out", "bf16": False}
     config |= {"max_steps": 1, "per_device_train_batch_size": 3, "report_to": "none", "accelerate_config": "fsdp"}
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    process = wit_trl("sft", "--config", "config.yaml", *TWO_PROCESSES, "--loss_type", "dft", cwd=tmp_path)
-    assert process.stdout.count("What is weighted in") == 1
-    assert "factor of each token in training" in process.stdout
-    assert "Model and loss curves (losses.png) saved to out." in process.stdout
+    monkeypatch.chdir(tmp_path)
+    status, output = forks.run(forks.wit_trl, "sft", "--config", "config.yaml", *TWO_PROCESSES, "--loss_type", "dft")
+    assert status == 0, output
+    assert output.count("What is weighted in") == 1
+    assert "factor of each token in training" in output
+    assert "Model and loss curves (losses.png) saved to out." in output
     state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 3
     assert state["epoch"] == pytest.approx(1 / -(-len(jsonl.read_text().splitlines()) // 6))

@@ -1,13 +1,10 @@
 """How often data is read and prepared: caches of data sets, openings of streams, renderings of conversations."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from datasets import IterableDataset
@@ -18,19 +15,14 @@ from wit_trl.conversation.turns import Conversation
 from wit_trl.data import preparation
 
 from ..conversation.test_turns import CHATML, CHATML_PROMPT
+from ..forks import REPOSITORY, Fork
 from ..helpers import make_trainer
 
 
-WORKER = """
-import json, sys
-from datasets import load_dataset
-from tests.data.test_preparation_cache import worker_trainer
-
-folder, prompt_loss_weight, max_length = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-trainer = worker_trainer(folder, prompt_loss_weight, max_length)
-rows = [[row["input_ids"], row["completion_mask"]] for row in trainer.train_dataset.select(range(20))]
-print("RESULT", json.dumps([len(trainer.train_dataset), rows]))
-"""
+def print_first_rows(folder, prompt_loss_weight, max_length):
+    trainer = worker_trainer(folder, float(prompt_loss_weight), int(max_length))
+    rows = [[row["input_ids"], row["completion_mask"]] for row in trainer.train_dataset.select(range(20))]
+    print("RESULT", json.dumps([len(trainer.train_dataset), rows]))
 
 
 def worker_trainer(folder, prompt_loss_weight, max_length):
@@ -55,8 +47,8 @@ def worker_trainer(folder, prompt_loss_weight, max_length):
 
 
 @pytest.fixture
-def start(tokenizer, tmp_path):
-    """A function that writes rows and returns one that starts the process that prepares them."""
+def write(tokenizer, tmp_path):
+    """A function that writes this number of rows, and their tokenizer."""
     tokenizer.chat_template = CHATML + CHATML_PROMPT
     tokenizer.save_pretrained(tmp_path)
 
@@ -66,56 +58,58 @@ def start(tokenizer, tmp_path):
                 turns = [("user", f"Is {number} even?"), ("assistant", "Yes." if number % 2 == 0 else "No, it is not.")]
                 file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
 
-        def run(prompt_loss_weight=0.2, max_length=64):
-            arguments = [str(tmp_path), str(prompt_loss_weight), str(max_length)]
-            return subprocess.Popen(
-                [sys.executable, "-c", WORKER, *arguments],
-                cwd=Path(__file__).parents[2],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
-            )
-
-        return run
-
     return write
 
 
-def result(process):
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-2000:]
-    return json.loads(output.rpartition("RESULT")[2])
+def result(status, output):
+    assert status == 0, output[-2000:]
+    return json.loads(output.rpartition("RESULT")[2].splitlines()[0])
+
+
+def start(folder, prompt_loss_weight=0.2, max_length=64):
+    return Fork(print_first_rows, folder, prompt_loss_weight, max_length, HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+
+
+def prepare(*arguments):
+    return result(*start(*arguments).finish())
+
+
+def prepare_in_another_interpreter(*arguments):
+    """As forks of one process do not: with another seed of the hashes, and so with sets in another order."""
+    code = "import sys; from tests.data.test_preparation_cache import *; print_first_rows(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return result(process.returncode, process.stdout or process.stderr)
 
 
 def cached(tmp_path):
     return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("cache-*.arrow")}
 
 
-def test_second_start_reads_all_from_the_cache_whatever_the_weights(start, tmp_path):
-    run = start(30)
-    first, files = result(run()), cached(tmp_path)
+def test_second_start_reads_all_from_the_cache_whatever_the_weights(write, tmp_path):
+    write(30)
+    first, files = prepare_in_another_interpreter(tmp_path, 0.2, 64), cached(tmp_path)
     assert files
-    assert result(run(prompt_loss_weight=0.0)) == first
+    assert prepare(tmp_path, 0.0) == first
     assert cached(tmp_path) == files
-    cut = result(run(max_length=50))
+    cut = prepare(tmp_path, 0.2, 50)
     assert max(len(input_ids) for input_ids, _ in cut[1]) == 50 < max(len(input_ids) for input_ids, _ in first[1])
     assert len(cached(tmp_path)) == len(files) + 1
 
 
-def test_kill_while_rows_are_prepared_leaves_no_half_of_them(start, tmp_path):
-    run = start(8_000)
-    process = run()
+def test_kill_while_rows_are_prepared_leaves_no_half_of_them(write, tmp_path):
+    write(8_000)
+    fork = start(tmp_path)
     deadline = time.monotonic() + 100
     # The rows go into a file of another name until they are complete
     while not [path for path in (tmp_path / "cache").rglob("tmp*") if path.is_file() and path.stat().st_size]:
-        assert process.poll() is None
+        assert fork.process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    fork.process.kill()
+    fork.finish()
     assert not cached(tmp_path)
-    count, rows = result(run())
+    count, rows = prepare(tmp_path)
     assert count == 8_000
     assert len(cached(tmp_path)) == 1
     assert len({tuple(input_ids) for input_ids, _ in rows}) == 20

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .launcher import REPOSITORY, WORKER, accelerate_launch, run_worker, start
+from ..forks import REPOSITORY, Fork, accelerate_launch, run_python
+from ..forks import run as run_in_fork
 from .worker import SCENARIOS, heading, run
 
 
 # A launch that hangs is given up after 270 seconds, and what is after it still runs
 pytestmark = [pytest.mark.xdist_group("engines"), pytest.mark.timeout(900)]
+WORKER = REPOSITORY / "tests" / "distributed" / "worker.py"
 SHARED_BY_TWO = ("--parallelism_config_sp_size", "2")
 SPLIT_IN_TWO = ("--parallelism_config_cp_size", "2")
 # Every linear layer in a group of its own, also the head
@@ -80,6 +82,12 @@ def free_port():
         return s.getsockname()[1]
 
 
+def finish(*forks):
+    """Returns the first exit status that is not 0, and all output."""
+    finished = [fork.finish() for fork in forks]
+    return next((status for status, _ in finished if status), 0), "".join(output for _, output in finished)
+
+
 def launch(engine, *arguments):
     """Runs the worker on two processes (or what the engine says), with the configuration that users launch with."""
     config, changes = ENGINES[engine]
@@ -89,9 +97,12 @@ def launch(engine, *arguments):
         *changes,
     ]
     machines = [["--machine_rank", 0], ["--machine_rank", 1]] if engine == "fsdp_multi_node" else [[]]
-    return start(
-        *([accelerate_launch, *command, *machine, WORKER, *arguments] for machine in machines),
-        TENSOR_PARALLEL_SIZE="2" if engine == "tensor_parallel" else "1",
+    size = "2" if engine == "tensor_parallel" else "1"
+    return finish(
+        *(
+            Fork(accelerate_launch, *command, *machine, WORKER, *arguments, TENSOR_PARALLEL_SIZE=size)
+            for machine in machines
+        )
     )
 
 
@@ -222,7 +233,7 @@ def test_resumed_training_ends_in_the_same_parameters(engine, two_processes):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_training_resumes_to_the_same_parameters(processes, kill, two_processes, tmp_path):
     def train(name):
-        return launch("ddp", tmp_path, name) if processes == 2 else start([run_worker, tmp_path, name])
+        return launch("ddp", tmp_path, name) if processes == 2 else run_in_fork(run_python, WORKER, tmp_path, name)
 
     status, output = train(f"{kill}:weighted")
     assert status != 0

@@ -3,7 +3,7 @@ Trains tiny models and saves what the tests compare. The same code runs on one p
 
     accelerate launch --config_file ... tests/distributed/worker.py FOLDER [RUN:]SCENARIO...
 
-which launcher.py does.
+which test_engines.py does.
 """
 
 import faulthandler
@@ -133,6 +133,8 @@ def reload(model, folder, **arguments):
 def make_scenario(folder, scenario, batch_size, accumulation, callbacks=(), **arguments):
     """Returns the trainer of a scenario."""
     weights, kind, scenario_arguments, peft_config = SCENARIOS[scenario]
+    in_interpreter = "triton" in scenario and os.environ.get("TRITON_INTERPRET") == "1"
+    one_pass._TRITON_DEVICES = ("cpu",) if in_interpreter else ("cuda", "xpu")
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     config = {
         "output_dir": str(folder / scenario),
@@ -152,7 +154,7 @@ def make_scenario(folder, scenario, batch_size, accumulation, callbacks=(), **ar
     }
     if SEQUENCE_PARALLEL_SIZE > 1:
         config["pad_to_multiple_of"] = 36  # more than any row: gloo gathers batches of one length only
-    # The interpreter takes a twentieth of a second for a token
+    # The interpreter is slow
     longest = 6 if "triton" in scenario else None
     train_rows, eval_rows = (
         Dataset.from_list([{name: values[:longest] for name, values in row.items()} for row in make_rows(count)])
@@ -177,8 +179,6 @@ def make_scenario(folder, scenario, batch_size, accumulation, callbacks=(), **ar
 
 def run(folder, scenario, batch_size, accumulation):
     """Trains five steps, evaluates, and saves the model and the logs."""
-    in_interpreter = "triton" in scenario and os.environ.get("TRITON_INTERPRET") == "1"
-    one_pass._TRITON_DEVICES = ("cpu",) if in_interpreter else ("cuda", "xpu")
     # FSDP1 crashes where it saves from a CPU, and transformers does not resume tensor parallelism
     fsdp1 = os.environ.get("FSDP_VERSION") == "1"
     arguments = {"save_strategy": "no"} if fsdp1 or TENSOR_PARALLEL_SIZE > 1 else {}
@@ -287,6 +287,8 @@ if __name__ == "__main__":
     # The launcher ends the peers of a rank that failed. Its own handler, which a fork inherits, would wait for gloo.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable()  # prints where a signal ended a process
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.loss import patch_once  # noqa: F401
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         from tests.distributed import fsdp_on_cpu  # noqa: F401
     if CONTEXT_PARALLEL_SIZE > 1:

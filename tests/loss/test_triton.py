@@ -2,10 +2,8 @@
 
 import inspect
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,41 +13,34 @@ from triton.compiler import ASTSource
 
 from wit_trl.loss import rows
 
+from ..forks import run, run_python
 from .triton_worker import MODES
 
 
-pytestmark = pytest.mark.xdist_group("triton")
-
-
 def run_interpreted(*arguments):
-    """Runs Python in Triton's interpreter and returns its last line."""
-    process = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=290,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout.splitlines()[-1]
+    """Runs Python in Triton's interpreter."""
+    status, output = run(run_python, *arguments)
+    assert status == 0, output
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return json.loads(run_interpreted("-m", "tests.loss.triton_worker", str(tmp_path_factory.mktemp("triton"))))
+def train_twice(folder, kernel, mode):
+    """Returns the logs with the kernel for CPUs, and with another."""
+    run_interpreted("-m", "tests.loss.triton_worker", folder, kernel, mode)
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", ["trl", "rows"])
-def test_training_and_evaluation_equal_the_kernel_for_cpus(kernel, mode, results):
-    for log, expected in zip(results[kernel][mode], results["one_pass"][mode], strict=True):
+def test_training_and_evaluation_equal_the_kernel_for_cpus(kernel, mode, tmp_path):
+    expected_logs, logs = train_twice(tmp_path, kernel, mode)
+    for log, expected in zip(logs, expected_logs, strict=True):
         assert log == pytest.approx(expected, rel=1e-6)
-    assert len(results[kernel][mode]) == 3  # two steps and the evaluation
+    assert len(logs) == 3  # two steps and the evaluation
 
 
 def test_head_equals_float64():
-    run_interpreted("-m", "pytest", "-o", "addopts=", "-q", "tests/loss/triton_interpreter.py")
+    file = Path(__file__).with_name("triton_interpreter.py")
+    run_interpreted("-m", "pytest", "-o", "addopts=", "-q", file)
 
 
 # Instructions for each logit, of both reads of a row: at most so many. The memory of an H100 allows some 40
@@ -106,6 +97,7 @@ def test_kernel_compiles_for_gpus_with_wide_loads_and_few_instructions(architect
     assert 4 < instructions_a_logit(sass) <= INSTRUCTIONS[kernel]
 
 
-def test_kernels_of_liger_leave_the_loss_alone(results):
-    for log, expected in zip(results["liger"], results["without_liger"], strict=True):
+def test_kernels_of_liger_leave_the_loss_alone(tmp_path):
+    expected_logs, logs = train_twice(tmp_path, "liger", "padded")
+    for log, expected in zip(logs, expected_logs, strict=True):
         assert log == pytest.approx(expected, rel=1e-5)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.loss import patch_once  # noqa: F401
 from tests.reference import head_in_float64
 from wit_trl import weighted_linear_cross_entropy
 from wit_trl.loss import one_pass, rows

@@ -2,11 +2,7 @@
 
 import contextlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +20,7 @@ from wit_trl.cli import main, sft
 from wit_trl.sweep.arguments import BASELINE, PAPER_PAIRS, SweepArguments
 from wit_trl.sweep.command import parse_sweep_flags
 
-
-REPOSITORY = Path(__file__).parents[2]
+from ..forks import Fork, wit_trl
 
 
 @pytest.fixture
@@ -48,24 +43,16 @@ def flags(make_model, tokenizer, prompt_completion, tmp_path, monkeypatch):
 @pytest.fixture
 def start(flags):
     """A function that starts a sweep in a process of its own."""
-    processes = []
+    sweeps = []
 
     def start(*arguments):
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "wit_trl", "sweep", *flags, *map(str, arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        processes.append(process)
-        return process
+        sweeps.append(Fork(wit_trl, "sweep", *flags, *arguments, COLUMNS="200"))
+        return sweeps[-1]
 
     yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    for sweep in sweeps:
+        sweep.process.kill()
+        sweep.finish()
 
 
 def wait_for(condition):
@@ -83,15 +70,15 @@ def trials():
 
 
 def training_of(sweep, number):
-    """The process that trains a trial, once it does."""
+    """The process that trains a trial, once it does. Its launcher, the child of the sweep, writes the same log."""
+    log = str(Path(f"sweep/trial_{number}/log.txt").absolute())
 
     def find():
-        command = []
-        for process in psutil.Process(sweep.pid).children(recursive=True):
+        for process in psutil.Process(sweep.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended
-                command = process.cmdline()
-            if "wit_trl.sweep.trial" in command and f"sweep/trial_{number}/config.yaml" in command:
-                return process
+                files = [file.path for file in process.open_files()]
+                if log in files and process.ppid() != sweep.process.pid:
+                    return process
         return None
 
     return wait_for(find)
@@ -108,29 +95,28 @@ def test_sweep_survives_what_is_killed_and_ends_in_the_same_table(start, flags, 
     sweep = start(*search)
     training = training_of(sweep, 1)
     first_result = Path("sweep/trial_0/result.json").read_bytes()
-    sweep.kill()
+    sweep.process.kill()
     training.wait(20)  # nobody waits for it any more
 
     sweep = start(*search)
     killed = training_of(sweep, 2)
-    killed.send_signal(signal.SIGKILL)
-    output, _ = sweep.communicate(timeout=200)
-    assert sweep.returncode == 0, output
+    killed.kill()
+    status, output = sweep.finish(200)
+    assert status == 0, output
     assert "failed. The end of sweep/trial_2/log.txt:" in output
     assert "SIGKILL ended a process of the training" in output
     assert "1 of 2 trials failed" in output
 
-    capsys.readouterr()
-    worker = start(*search)
-    main(["sweep", *flags, *search])
-    outputs = [worker.communicate(timeout=200)[0], capsys.readouterr().out]
-    assert worker.returncode == 0, outputs
+    workers = [start(*search), start(*search)]
+    statuses, outputs = zip(*(worker.finish(200) for worker in workers), strict=True)
+    assert statuses == (0, 0), outputs
     assert table(outputs[0]) == table(outputs[1])
     done = [trial.params for trial in trials() if trial.state == TrialState.COMPLETE]
     assert sorted((trial["prompt_loss_weight"], trial["seed"]) for trial in done) == [(0, 1), (1, 1)]
     assert Path("sweep/trial_0/result.json").read_bytes() == first_result
 
     # Nothing is left to do
+    capsys.readouterr()
     main(["sweep", *flags, *search])
     assert "..." not in capsys.readouterr().out
     check_files(capsys)
@@ -158,10 +144,10 @@ def check_files(capsys):
     assert Path("sweep/sweep.html").read_text().count("Held-out prompt") == 3
 
 
-def test_failing_trial_is_recorded_and_the_sweep_goes_on_on_two_processes(flags, capsys):
+def test_failing_trial_is_recorded_and_the_sweep_goes_on_on_two_processes(start):
     launched = ("--accelerate_config", "multi_gpu", "--num_processes", "2")
-    main(["sweep", *flags, "--pairs", "1e38,1", "--seeds", "1", "--keep", "none", *launched])
-    output = capsys.readouterr().out
+    status, output = start("--pairs", "1e38,1", "--seeds", "1", "--keep", "none", *launched).finish()
+    assert status == 0, output
     failed = next(line for line in map(json.loads, Path("sweep/sweep.jsonl").read_text().splitlines()) if line["error"])
     assert "error: The training diverged: eval_" in failed["error"]
     assert failed["prompt_loss_weight"] == 1e38
