@@ -83,18 +83,19 @@ def check_trainers(device: str) -> Iterator[Check]:
         remedy = f"Rows that are {layout} train otherwise than in `SFTTrainer`. Use another layout of the batch."
         yield _run(f"(λp, λr) = {weights} as SFTTrainer, {layout}", TRAINING_LIMIT, remedy, measure)
 
-    whole = None
-    for rows, micro_batches in SPLITS:
-        arguments = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
-        if whole is None:
-            whole = wit(0.2, 0.8, **arguments)
-            continue
+    first, *others = [
+        {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
+        for rows, micro_batches in SPLITS
+    ]
+    whole = wit(0.2, 0.8, **first)
+    for arguments in others:
 
-        def split(arguments=arguments):
+        def measure(arguments=arguments):
             return max(differences(wit(0.2, 0.8, **arguments), whole).values())
 
         remedy = "The loss depends on how a step is split. Set `gradient_accumulation_steps=1`."
-        yield _run(f"{micro_batches} micro-batches as one", TRAINING_LIMIT, remedy, split)
+        name = f"(λp, λr) = (0.2, 0.8), {arguments['gradient_accumulation_steps']} micro-batches as one"
+        yield _run(name, TRAINING_LIMIT, remedy, measure)
 
 
 @torch.no_grad()

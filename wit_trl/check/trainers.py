@@ -8,9 +8,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from ..config import WITSFTConfig
 from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
-from ..trainer import WITSFTTrainer
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 LAUNCHER = "WIT_TRL_LAUNCHER"  # the variable that tells a process which one launched it
 # The module of each command. Its `main` runs it
-_MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspect"}
+_MODULES = {"sft": "cli.launch", "sweep": "sweep.command", "inspect": "cli.inspect", "check": "cli.check"}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -29,6 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     commands.add_parser("sft", add_help=False, help="train a model, on any number of devices")
     commands.add_parser("sweep", add_help=False, help="search the weights: train some, and compare")
     commands.add_parser("inspect", add_help=False, help="show tokens and their weights as the trainer sees them")
+    commands.add_parser("check", add_help=False, help="check the loss on this machine, and time the head")
     given = parser.parse_args(args[:1])
     if given.version:
         from .versions import versions
