@@ -35,7 +35,7 @@ EMBEDDED_DEFAULTS = {
     "save_strategy": "no",
     "report_to": "none",
     "bf16": False,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
 }
 
 # Not part of the library proper: third-party code, tests and applications

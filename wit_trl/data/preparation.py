@@ -202,7 +202,7 @@ def _map_batch(
 
 def _map_row(row: Row, index: int, function: RowFunction, dataset_name: str, made_by: str) -> Row:
     (made,) = _name_row(function, [row], [index], dataset_name)
-    return made
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in made.items()}
 
 
 def _name_row(function: RowFunction, rows: list[Row], indices: list[int], dataset_name: str) -> list[Row]:
@@ -247,7 +247,6 @@ def _weigh_tokens(rows: list[Row], kept: slice) -> list[Row]:
     """Returns tokenized rows as they are trained on."""
     made = []
     for row in rows:
-        regions, weights = token_regions(row), token_weights(row).numpy()
-        text = text_of(row)
+        regions, weights, text = token_regions(row), token_weights(row).numpy(), text_of(row)
         made.append(prepared_row(row["input_ids"][text], regions[text], weights[text], kept))
     return made

@@ -15,14 +15,13 @@ from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
 from .columns import warn_of_ignored_columns
 from .preparation import DataPreparation
-from .prepared_rows import STREAMED_ROWS, TARGET_COLUMNS, RowLengths
+from .prepared_rows import STREAMED_ROWS, TARGET_COLUMNS, TOKEN_COLUMNS, RowLengths
 from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
 
 
 logger = get_logger(__name__)
 
 _ROWS_WITHOUT_TARGET = 10_000  # of a stream, which may have no end, before it is refused
-_TOKEN_COLUMNS = ["input_ids", "completion_mask", "token_weights"]
 
 
 class TrainingRows(NamedTuple):
@@ -68,7 +67,7 @@ def prepare_rows(
 
 def _pack(dataset: Dataset | IterableDataset, preparation: DataPreparation) -> Dataset | IterableDataset:
     """Packs rows as TRL does, with all that belongs to each token."""
-    dataset = dataset.select_columns(_TOKEN_COLUMNS)
+    dataset = dataset.select_columns([*TOKEN_COLUMNS])
     with global_then_local_main_first():
         if preparation.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=preparation.args.seed)
