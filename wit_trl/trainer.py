@@ -261,8 +261,8 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def _overrides(self, *names: str) -> bool:
-        """Returns whether one of these methods is another than that of this class: of a subclass, or set on `self`."""
-        return any(getattr(self, name) != MethodType(getattr(WITSFTTrainer, name), self) for name in names)
+        """Whether one of these methods is another one than here: of a subclass, or set on the class or on `self`."""
+        return any(getattr(self, name) != MethodType(_OWN_METHODS[name], self) for name in names)
 
     def token_factors(self, nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """
@@ -295,3 +295,6 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             logs.update(self._train_sums.metrics_since_last_call(self.accelerator, self._tp_size))
             self._total_train_tokens = logs.get("num_tokens", self._total_train_tokens)
         super().log(logs, start_time)
+
+
+_OWN_METHODS = {name: getattr(WITSFTTrainer, name) for name in ("compute_loss", "prediction_step", "token_factors")}

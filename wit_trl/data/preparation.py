@@ -22,17 +22,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
-from ..weights import (
-    MASK_COLUMNS,
-    NO_CONVERSATION_MESSAGE,
-    NO_PROMPT_MESSAGE,
-    StructureWeights,
-    check_weight,
-    token_regions,
-    token_weights,
-)
-from .columns import warn_of_ignored_columns, warn_of_nulls, warn_of_unused_roles
-from .prepared_rows import LENGTH_COLUMNS, prepared_row, text_of
+from ..weights import MASK_COLUMNS, NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight
+from .columns import warn_of_ignored_columns, warn_of_messages
+from .prepared_rows import LENGTH_COLUMNS, prepared_row, read_tokens
 from .schemas import remedy_for
 from .tokenization import Row, RowTokenizer, row_tokenizer
 
@@ -100,10 +92,12 @@ class DataPreparation:
                 "`formatting_func` makes text of any columns."
             )
         conversations = tokenizer.columns if tokenizer.of_messages else ()
-        self.check_structure_weights(dataset, conversations)
+        self.check_structure_weights(bool(conversations))
         is_text_pair = not conversations and "prompt" in tokenizer.columns
         warn_of_ignored_columns(columns, {"system", "tools"} if is_text_pair else set(), self.dataset_name)
-        warn_of_nulls(dataset, conversations, self.dataset_name)
+        if conversations:
+            roles = self.args.structure_weights.role_loss_weights
+            warn_of_messages(dataset, example, conversations, roles, self.dataset_name)
         function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
         unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
         return self.map_rows(dataset, function, "Tokenizing", unused)
@@ -123,7 +117,7 @@ class DataPreparation:
         Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
         """
-        self.check_structure_weights(dataset)
+        self.check_structure_weights(has_messages=False)
         warn_of_ignored_columns({*example}, set(), self.dataset_name)
         if {*MASK_COLUMNS}.isdisjoint(example):
             logger.warning_once(
@@ -134,12 +128,10 @@ class DataPreparation:
         function = functools.partial(_weigh_tokens, kept=self._kept())
         return self.map_rows(dataset, function, "Finding completions", unused)
 
-    def check_structure_weights(self, dataset: Dataset | IterableDataset, columns: tuple[str, ...] = ()) -> None:
-        """Refuses weights of roles and templates where these columns hold no conversations, and tells unused roles."""
-        structure = self.args.structure_weights
-        if structure != StructureWeights() and not columns:
+    def check_structure_weights(self, has_messages: bool) -> None:
+        """Refuses weights of roles and templates where there are no conversations."""
+        if self.args.structure_weights != StructureWeights() and not has_messages:
             raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
-        warn_of_unused_roles(dataset, columns, structure.role_loss_weights, self.dataset_name)
 
     def _kept(self) -> slice:
         """The part of a row that is kept."""
@@ -245,8 +237,4 @@ def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -
 
 def _weigh_tokens(rows: list[Row], kept: slice) -> list[Row]:
     """Returns tokenized rows as they are trained on."""
-    made = []
-    for row in rows:
-        regions, weights, text = token_regions(row), token_weights(row).numpy(), text_of(row)
-        made.append(prepared_row(row["input_ids"][text], regions[text], weights[text], kept))
-    return made
+    return [prepared_row(*read_tokens(row), kept) for row in rows]

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..weights import token_regions, token_weights
+
 
 STREAMED_ROWS = 1000  # at most this number of rows of a stream is read ahead
 TOKEN_COLUMNS = ("input_ids", "completion_mask", "token_weights")  # with an entry for each token
@@ -36,14 +38,18 @@ class RowLengths:
 LENGTH_COLUMNS = tuple(RowLengths.__dataclass_fields__)
 
 
-def text_of(example: dict[str, Any]) -> slice:
+def read_tokens(example: dict[str, Any]) -> tuple[Any, np.ndarray, np.ndarray]:
     """
-    Returns what of a tokenized example its `"attention_mask"` keeps: all but the padding before and after the text.
-    Padding on the left would be attended, and its last token would predict the first of the text.
+    Returns the tokens of a tokenized example, their regions and their data weights, without padding. Raises
+    `ValueError` as `token_regions` and `token_weights` do, or if the `"attention_mask"` leaves out a token between
+    others.
+    """
+    regions, weights, text = token_regions(example), token_weights(example), _text_of(example)
+    return example["input_ids"][text], regions[text], weights[text].numpy()
 
-    Raises:
-        `ValueError`: the mask keeps no token, or leaves one out between others.
-    """
+
+def _text_of(example: dict[str, Any]) -> slice:
+    """Padding on the left would be attended, and its last token would predict the first of the text."""
     if "attention_mask" not in example:
         return slice(None)
     mask = np.asarray(example["attention_mask"])

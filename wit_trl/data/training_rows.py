@@ -50,7 +50,7 @@ def prepare_rows(
     args = preparation.args
     example = preparation.first_row(dataset)
     if {"seq_lengths", "completion_mask"} <= example.keys():  # packed already
-        preparation.check_structure_weights(dataset)
+        preparation.check_structure_weights(has_messages=False)
         return TrainingRows(dataset)
     if "input_ids" in example:
         dataset = preparation.weigh_tokens(dataset, example)
@@ -115,46 +115,34 @@ def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparat
     It reads rows until one has a target and one keeps its completion. A stream may have no end, so both are looked for
     in its first rows only: a completion in fewer of them.
     """
-    args = preparation.args
-    has_target, lost, keeps_completion = False, False, args.completion_loss_weight == 0
-    for number, row in enumerate(rows.select_columns([*regions, "completion_length", "completion_lost"])):
-        is_long_stream = isinstance(rows, IterableDataset) and number == STREAMED_ROWS
-        lost = lost or row["completion_lost"]
-        keeps_completion = (
-            keeps_completion or is_long_stream or (row["completion_length"] and not row["completion_lost"])
-        )
+    args, is_stream = preparation.args, isinstance(rows, IterableDataset)
+    column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
+    has_target, keeps_completion = False, args.completion_loss_weight == 0
+    number = cut = 0
+    read = rows.select_columns([*regions, "completion_length", "completion_lost", "truncated"])
+    for number, row in enumerate(itertools.islice(read, _ROWS_WITHOUT_TARGET if is_stream else None), start=1):
+        cut += row[column]
+        if (row["completion_length"] and not row["completion_lost"]) or (is_stream and number > STREAMED_ROWS):
+            keeps_completion = True
         has_target = has_target or any(row[region] for region in regions)
         if has_target and keeps_completion:
             return
-        if isinstance(rows, IterableDataset) and number == _ROWS_WITHOUT_TARGET:
-            raise ValueError(
-                f"None of the first {_ROWS_WITHOUT_TARGET:,} rows of the {preparation.dataset_name} dataset has a "
-                f"token left to train on: {_truncation(rows, args)}. Raise `max_length`, give the other region a "
-                "weight, look for weights of 0 in the data, or shuffle the stream if later rows have some."
-            )
-    if lost and not keeps_completion:
+    of_dataset = f"of the {preparation.dataset_name} dataset"
+    truncation = f"{cut} of {number} rows were {verb} to `max_length={args.max_length}`"
+    if cut and not keeps_completion:
         raise ValueError(
-            f"No row of the {preparation.dataset_name} dataset has a completion left to train on: "
-            f"{_truncation(rows, args)}, so the model would learn its prompts alone. Raise `max_length`, or set "
-            "`completion_loss_weight=0` if that is what you want."
+            f"No row {of_dataset} has a completion left to train on: {truncation}, so the model would learn its "
+            "prompts alone. Raise `max_length`, or set `completion_loss_weight=0` if that is what you want."
         )
     if not has_target:
+        subject, remedy = "No row", ""
+        if is_stream and number == _ROWS_WITHOUT_TARGET:
+            subject, remedy = f"None of the first {number:,} rows", " Or shuffle the stream, if later rows have some."
         raise ValueError(
-            f"No row of the {preparation.dataset_name} dataset has a token left to train on. The weights of prompt and "
-            f"completion are {(args.prompt_loss_weight, args.completion_loss_weight)}, and {_truncation(rows, args)}. "
-            "Raise `max_length`, give the other region a weight, or look for weights of 0 in the data."
+            f"{subject} {of_dataset} has a token left to train on. The weights of prompt and completion are "
+            f"{(args.prompt_loss_weight, args.completion_loss_weight)}, and {truncation}. Raise `max_length`, give the "
+            f"other region a weight, or look for weights of 0 in the data.{remedy}"
         )
-
-
-def _truncation(rows: Dataset | IterableDataset, args: WITSFTConfig) -> str:
-    """Returns what an error says of truncation. A stream may have no end, so its first rows tell."""
-    column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
-    columns = rows.select_columns([column])
-    found = [
-        bool(row[column])
-        for row in itertools.islice(columns, STREAMED_ROWS + 1 if isinstance(rows, IterableDataset) else None)
-    ]
-    return f"{sum(found)} of {len(found)} rows were {verb} to `max_length={args.max_length}`"
 
 
 def check_image_rows(
