@@ -140,15 +140,9 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         is_train = self._training_rows is None and dataset_name == "train"  # evaluation sets follow
-        rows = prepare_rows(
-            dataset,
-            DataPreparation(args, packing, dataset_name),
-            is_train,
-            processing_class,
-            formatting_func,
-            self.chat_template,
-            self._assistant_only_loss,
-        )
+        templates = self.chat_template, self._assistant_only_loss
+        preparation = DataPreparation(args, processing_class, dataset_name, packing, formatting_func, *templates)
+        rows = prepare_rows(dataset, preparation, is_train)
         if is_train:
             self._training_rows = rows
         return rows.dataset

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from ..config import DATASET_COLUMNS, WITSFTConfig
 from ..conversation.messages import SHAREGPT_ROLES
 from ..conversation.tool_calls import null_arguments
+from .prepared_rows import AnyDataset, Row
 
 
 logger = get_logger(__name__)
@@ -25,7 +26,7 @@ def check_train_dataset(dataset: Any, formatting_func: Callable | None, args: WI
         `ValueError`: it is empty; TRL would ignore the `formatting_func`; or `assistant_only_loss=True` contradicts the
         weights of `messages`.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if not isinstance(dataset, AnyDataset):
         return set()  # TRL refuses it
     columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set(next(iter(dataset), ()))
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
@@ -62,11 +63,7 @@ def warn_of_ignored_columns(columns: set[str], unread: set[str], name: str) -> N
 
 
 def warn_of_messages(
-    dataset: Dataset | IterableDataset,
-    example: dict[str, Any],
-    columns: tuple[str, ...],
-    role_loss_weights: dict[str, float],
-    name: str,
+    dataset: AnyDataset, example: Row, columns: tuple[str, ...], role_loss_weights: dict[str, float], name: str
 ) -> None:
     """
     Tells which roles have a weight but no turn, and names a null argument of a call, in the first rows. Of a stream,

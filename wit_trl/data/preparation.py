@@ -24,9 +24,9 @@ from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
 from ..weights import MASK_COLUMNS, NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight
 from .columns import warn_of_ignored_columns, warn_of_messages
-from .prepared_rows import LENGTH_COLUMNS, prepared_row, read_tokens
+from .prepared_rows import LENGTH_COLUMNS, AnyDataset, Row, prepared_row, read_tokens
 from .schemas import remedy_for
-from .tokenization import Row, RowTokenizer, row_tokenizer
+from .tokenization import RowTokenizer, row_tokenizer
 
 
 logger = get_logger(__name__)
@@ -49,10 +49,14 @@ class DataPreparation:
     """
 
     args: WITSFTConfig
-    packing: bool  # whether the rows are to be packed
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
     dataset_name: str  # what messages call the data set
+    packing: bool = False  # whether the rows are to be packed
+    formatting_func: Callable[[Row], str] | None = None
+    pair_template: str | None = None  # what TRL renders prompts and completions with, if it is not the own template
+    assistant_only_loss: bool = False
 
-    def first_row(self, dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    def first_row(self, dataset: AnyDataset) -> Row:
         """Returns the first row. Raises `ValueError` if there is none, or if rows are read through a transform."""
         if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
             raise ValueError(
@@ -65,25 +69,17 @@ class DataPreparation:
             raise ValueError(f"The {self.dataset_name} dataset is empty. Check the file, the split and any filter.")
         return example
 
-    def tokenize(
-        self,
-        dataset: Dataset | IterableDataset,
-        example: dict[str, Any],
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        pair_template: str | None,
-        assistant_only_loss: bool,
-    ) -> Dataset | IterableDataset:
-        """
-        Tokenizes rows as TRL does it and weighs their tokens, all in one pass. `example` is the first of them, and
-        `pair_template` what TRL renders prompts and completions with, if it is not the own template.
-        """
+    def tokenize(self, dataset: AnyDataset, example: Row) -> AnyDataset:
+        """Tokenizes rows as TRL does it and weighs their tokens, all in one pass. `example` is the first of them."""
         columns = set(example)
         if not {"image", "images"}.isdisjoint(columns):
             raise ValueError(
                 f"The {self.dataset_name} dataset has images, which the train dataset has not, so they would be "
                 "ignored. Remove the column, or evaluate with images apart."
             )
-        tokenizer = row_tokenizer(example, processing_class, self.args, pair_template, assistant_only_loss)
+        tokenizer = row_tokenizer(
+            example, self.processing_class, self.args, self.pair_template, self.assistant_only_loss
+        )
         if tokenizer is None:
             raise ValueError(
                 f"The {self.dataset_name} dataset has the columns {sorted(columns)}, but needs `prompt` and "
@@ -102,17 +98,14 @@ class DataPreparation:
         unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
         return self.map_rows(dataset, function, "Tokenizing", unused)
 
-    def format_rows(
-        self, dataset: Dataset | IterableDataset, formatting_func: Callable[[dict], str]
-    ) -> Dataset | IterableDataset:
+    def format_rows(self, dataset: AnyDataset, formatting_func: Callable[[Row], str]) -> AnyDataset:
         """Returns rows with the text that a `formatting_func` makes of each. It may read any column."""
         logger.warning_once(NO_PROMPT_MESSAGE)
-
         # Not a closure, with which all arguments of the training would be part of the key of the cache
-        format_rows = functools.partial(_format, formatting_func=formatting_func, column=self.args.dataset_text_field)
-        return self.map_rows(dataset, format_rows, "Applying formatting function")
+        function = functools.partial(_format, formatting_func=formatting_func, column=self.args.dataset_text_field)
+        return self.map_rows(dataset, function, "Applying formatting function")
 
-    def weigh_tokens(self, dataset: Dataset | IterableDataset, example: dict[str, Any]) -> Dataset | IterableDataset:
+    def weigh_tokens(self, dataset: AnyDataset, example: Row) -> AnyDataset:
         """
         Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
@@ -147,15 +140,13 @@ class DataPreparation:
             return slice(None)  # the other strategies split a row
         return windows["keep_start" if self.packing else args.truncation_mode]
 
-    def map_kwargs(self, dataset: Dataset | IterableDataset, desc: str) -> dict[str, Any]:
+    def map_kwargs(self, dataset: AnyDataset, desc: str) -> dict[str, Any]:
         """Returns how to map a data set: on several processes, with a progress bar of this name."""
         if isinstance(dataset, IterableDataset):  # takes neither
             return {}
         return {"num_proc": self.args.dataset_num_proc, "desc": f"{desc} of {self.dataset_name} dataset"}
 
-    def map_rows(
-        self, dataset: Dataset | IterableDataset, function: RowFunction, desc: str, unused: Iterable[str] = ()
-    ) -> Dataset | IterableDataset:
+    def map_rows(self, dataset: AnyDataset, function: RowFunction, desc: str, unused: Iterable[str] = ()) -> AnyDataset:
         """
         Maps rows to what the function makes of some of them, with the number of the row in its errors, and removes the
         unused columns. A second start reads it from the cache of the data set, also where it is a mere check.

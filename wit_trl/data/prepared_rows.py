@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..weights import token_regions, token_weights
 
+
+AnyDataset = Dataset | IterableDataset
+Row = dict[str, Any]
 
 STREAMED_ROWS = 1000  # at most this number of rows of a stream is read ahead
 TOKEN_COLUMNS = ("input_ids", "completion_mask", "token_weights")  # with an entry for each token
@@ -38,7 +41,7 @@ class RowLengths:
 LENGTH_COLUMNS = tuple(RowLengths.__dataclass_fields__)
 
 
-def read_tokens(example: dict[str, Any]) -> tuple[Any, np.ndarray, np.ndarray]:
+def read_tokens(example: Row) -> tuple[Any, np.ndarray, np.ndarray]:
     """
     Returns the tokens of a tokenized example, their regions and their data weights, without padding. Raises
     `ValueError` as `token_regions` and `token_weights` do, or if the `"attention_mask"` leaves out a token between
@@ -48,7 +51,7 @@ def read_tokens(example: dict[str, Any]) -> tuple[Any, np.ndarray, np.ndarray]:
     return example["input_ids"][text], regions[text], weights[text].numpy()
 
 
-def _text_of(example: dict[str, Any]) -> slice:
+def _text_of(example: Row) -> slice:
     """Padding on the left would be attended, and its last token would predict the first of the text."""
     if "attention_mask" not in example:
         return slice(None)
@@ -64,7 +67,7 @@ def _text_of(example: dict[str, Any]) -> slice:
     return slice(positions[0], positions[-1] + 1)
 
 
-def prepared_row(input_ids: Any, regions: Any, weights: Any, kept: slice) -> dict[str, Any]:
+def prepared_row(input_ids: Any, regions: Any, weights: Any, kept: slice) -> Row:
     """
     Returns a row as it is trained on: the kept part of its tokens, of their regions and of their data weights; its
     [`RowLengths`]; and how many targets each region has. Those of the tokens are arrays, which `datasets` writes faster
@@ -87,7 +90,7 @@ def prepared_row(input_ids: Any, regions: Any, weights: Any, kept: slice) -> dic
 _NO_LOSSES = {"completion_lost": False, "completion_cut": 0, "answer_cut": False, "answer_lost": False}
 
 
-def _losses(regions: np.ndarray, kept: slice) -> dict[str, Any]:
+def _losses(regions: np.ndarray, kept: slice) -> Row:
     """Returns what truncation takes of completion and last answer."""
     left, completion = regions[kept], np.flatnonzero(regions == 1)
     *_, last_answer = np.split(completion, np.flatnonzero(np.diff(completion) > 1) + 1)
