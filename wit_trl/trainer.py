@@ -140,15 +140,9 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         is_train = self._training_rows is None and dataset_name == "train"  # evaluation sets follow
-        rows = prepare_rows(
-            dataset,
-            DataPreparation(args, packing, dataset_name),
-            is_train,
-            processing_class,
-            formatting_func,
-            self.chat_template,
-            self._assistant_only_loss,
-        )
+        templates = self.chat_template, self._assistant_only_loss
+        preparation = DataPreparation(args, processing_class, dataset_name, packing, formatting_func, *templates)
+        rows = prepare_rows(dataset, preparation, is_train)
         if is_train:
             self._training_rows = rows
         return rows.dataset
@@ -261,8 +255,8 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def _overrides(self, *names: str) -> bool:
-        """Returns whether one of these methods is another than that of this class: of a subclass, or set on `self`."""
-        return any(getattr(self, name) != MethodType(getattr(WITSFTTrainer, name), self) for name in names)
+        """Whether one of these methods is another one than here: of a subclass, or set on the class or on `self`."""
+        return any(getattr(self, name) != MethodType(_OWN_METHODS[name], self) for name in names)
 
     def token_factors(self, nll: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """
@@ -295,3 +289,6 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             logs.update(self._train_sums.metrics_since_last_call(self.accelerator, self._tp_size))
             self._total_train_tokens = logs.get("num_tokens", self._total_train_tokens)
         super().log(logs, start_time)
+
+
+_OWN_METHODS = {name: getattr(WITSFTTrainer, name) for name in ("compute_loss", "prediction_step", "token_factors")}

@@ -6,6 +6,7 @@ them come `token_weights`, which scale the numerator of the loss, and `labels`, 
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -34,7 +35,7 @@ class StructureWeights:
     completion_turns: str = "all"  # which of the assistant's turns are completion: "all" or "last"
 
 
-def token_regions(example: dict[str, Any]) -> list[int]:
+def token_regions(example: dict[str, Any]) -> np.ndarray:
     """
     Returns the region of each token of a tokenized example: 1 completion, 0 prompt, -100 never a target.
 
@@ -43,7 +44,7 @@ def token_regions(example: dict[str, Any]) -> list[int]:
     if a column does not have one entry for each token, or holds other values.
     """
     input_ids = _token_values(example, "input_ids")
-    if len(input_ids) == 0 or input_ids.is_floating_point() or (input_ids < 0).any():
+    if len(input_ids) == 0 or input_ids.dtype.kind == "f" or (input_ids < 0).any():
         raise ValueError(f"`input_ids` must be the numbers of one token or more, but is {example['input_ids']!r}.")
     columns = {name: _token_values(example, name) for name in (*MASK_COLUMNS, "attention_mask") if name in example}
     for name, column in columns.items():
@@ -51,34 +52,36 @@ def token_regions(example: dict[str, Any]) -> list[int]:
             raise ValueError(
                 f"`{name}` has {len(column)} entries, but `input_ids` has {len(input_ids)}. Give each token one."
             )
-    padding = columns.pop("attention_mask", torch.ones_like(input_ids)) == 0
+    attention_mask = columns.pop("attention_mask", None)
     if "labels" in columns:
         labels = columns["labels"]
         wrong = (labels != input_ids) & (labels != -100)
         if wrong.any():
-            position = int(wrong.nonzero()[0])
+            position = int(wrong.argmax())
             raise ValueError(
-                f"The label at position {position} is {labels[position].item()}, but it must be the token itself, "
-                f"{input_ids[position].item()} (completion), or -100 (prompt)."
+                f"The label at position {position} is {labels[position]}, but it must be the token itself, "
+                f"{input_ids[position]} (completion), or -100 (prompt)."
             )
         columns = {"labels": labels != -100}
-    regions = torch.ones_like(input_ids)
+    regions = np.ones(len(input_ids), np.int64)
     for name, mask in columns.items():
         if not ((mask == 0) | (mask == 1) | (mask == -100)).all():
             raise ValueError(
-                f"`{name}` holds {sorted(set(mask.tolist()) - {0, 1, -100})}, but it must hold 1 for a completion "
+                f"`{name}` holds {sorted({*mask.tolist()} - {0, 1, -100})}, but it must hold 1 for a completion "
                 "token and 0 for a prompt token. Weights are set by `prompt_loss_weight` and `completion_loss_weight`."
             )
-        regions = regions.minimum(mask.to(regions.dtype))
-    return regions.masked_fill(padding, -100).tolist()
+        regions = np.minimum(regions, mask.astype(np.int64))
+    if attention_mask is not None:
+        regions[attention_mask == 0] = -100
+    return regions
 
 
-def _token_values(example: dict[str, Any], name: str) -> torch.Tensor:
+def _token_values(example: dict[str, Any], name: str) -> np.ndarray:
     try:
-        values = torch.as_tensor(example.get(name))
-    except (TypeError, ValueError, RuntimeError):  # torch raises all three for what is not numbers
-        values = torch.empty(())
-    if values.ndim != 1:
+        values = np.asarray(example.get(name))
+    except (TypeError, ValueError):  # lists of different lengths
+        values = np.empty(())
+    if values.ndim != 1 or values.dtype.kind not in "biuf":
         raise ValueError(f"`{name}` must be a list with a number for each token, but is {example.get(name)!r}.")
     return values
 

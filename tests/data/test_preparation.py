@@ -594,7 +594,8 @@ def test_columns_of_other_formats_that_are_ignored_are_named(
     assert re.search(f"The train dataset has {ignored}, which is ignored", caplog.text)
 
 
-def test_null_arguments_that_arrow_adds_are_left_out_and_told(make_model, tokenizer, config_kwargs, caplog):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_null_arguments_that_arrow_adds_are_left_out_and_told(streaming, make_model, tokenizer, config_kwargs, caplog):
     tokenizer.chat_template = (CHAT_TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
     config_kwargs |= {"max_length": None}
     rows = []
@@ -602,7 +603,9 @@ def test_null_arguments_that_arrow_adds_are_left_out_and_told(make_model, tokeni
         call = {"type": "function", "function": {"name": "f0", "arguments": arguments}}
         rows.append({"messages": [SAID[0], {"role": "assistant", "content": "", "tool_calls": [call]}]})
     assert Dataset.from_list(rows)[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "text": None}
-    prepared = make_trainer(make_model, tokenizer, rows, config_kwargs).train_dataset
+    data = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if streaming else data
+    prepared = make_trainer(make_model, tokenizer, data, config_kwargs).train_dataset
     assert "Row 0 of the train dataset: in turn 1 of `messages`, the argument `text` of the call of `f0`" in caplog.text
     texts = [tokenizer.decode(row["input_ids"]) for row in prepared]
     assert '"arguments": {"x": 1}}' in texts[0]

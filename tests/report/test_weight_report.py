@@ -266,6 +266,22 @@ def test_no_table_where_the_weights_or_the_tokens_are_not_known(rows, trainer_on
     assert "What is weighted" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("as_type", [int, bool])
+def test_rows_that_nobody_prepared_are_counted_as_they_are_trained_on(as_type, rows, trainer_on):
+    """Behind padding, the first token of the text has no prediction either."""
+    for number, row in enumerate(rows):
+        padding = number % 3
+        row["input_ids"] = [0] * padding + row["input_ids"] + [0]
+        row["completion_mask"] = [as_type(m) for m in [0] * padding + row["completion_mask"] + [0]]
+        row["attention_mask"] = [as_type(a) for a in [0] * padding + [1] * (len(row["input_ids"]) - padding - 1) + [0]]
+    trainer = trainer_on(Dataset.from_list(rows), dataset_kwargs={"skip_prepare_dataset": True})
+    texts = [[m for m, a in zip(row["completion_mask"], row["attention_mask"], strict=True) if a][1:] for row in rows]
+    expected = {region: sum(text.count(region) for text in texts) for region in (0, 1)}
+    assert {region: trainer.weight_report().tokens[region] for region in (0, 1)} == expected
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert {region: int((batch["completion_mask"] == region).sum()) for region in (0, 1)} == expected
+
+
 def test_lengths_by_region_and_their_histogram(rows):
     prompt, completion = weigh(with_weights(*(row["completion_mask"] for row in rows)), (0.2, 0.8)).lengths
     assert prompt.tolist() == [row["completion_mask"].count(0) for row in rows]

@@ -127,3 +127,17 @@ def test_best_model_is_chosen_by_the_loss_of_the_subclass(make, tmp_path):
     assert len(set(losses)) == 3
     assert trainer.state.best_metric == min(losses) > 0
     assert torch.isfinite(torch.tensor(losses)).all()
+
+
+def test_factors_that_replace_the_method_of_the_class_are_used(make, monkeypatch):
+    def twice(self, nll, entropy):
+        return torch.full_like(nll, 2)
+
+    losses = []
+    for replaced in (False, True):
+        if replaced:
+            monkeypatch.setattr(WITSFTTrainer, "token_factors", twice)
+        trainer = make(WITSFTTrainer, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..config import STRUCTURE_SETTINGS, WEIGHT_SETTINGS, WITSFTConfig
-from ..weights import StructureWeights, set_targets, token_regions, token_weights
-from .prepared_rows import text_of
+from ..weights import StructureWeights, set_targets
+from .prepared_rows import read_tokens
 
 
 @dataclass
@@ -79,17 +80,17 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
             return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
         rows, weights = [], []
         for example in examples:
-            regions, text = token_regions(example), text_of(example)
+            input_ids, regions, of_tokens = read_tokens(example)
             # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
-            rows.append({**example, "input_ids": example["input_ids"][text], "labels": regions[text]})
-            weights.append(token_weights(example)[text])
+            rows.append({**example, "input_ids": input_ids, "labels": regions})
+            weights.append(of_tokens)
         batch = super().torch_call(rows)
         region = batch["labels"]
         region[:, 0] = -100
         data_weights = torch.ones_like(region, dtype=torch.float32)
         lengths = torch.tensor([*map(len, weights)])
         in_rows = torch.arange(region.size(1)) < (lengths.sum() if self.padding_free else lengths[:, None])
-        data_weights[in_rows.expand_as(region)] = torch.cat(weights)
+        data_weights[in_rows.expand_as(region)] = torch.from_numpy(np.concatenate(weights))
         set_targets(batch, region, data_weights, (self.prompt_loss_weight, self.completion_loss_weight))
         if self.padding_free:
             batch["example_lengths"] = lengths

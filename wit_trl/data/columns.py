@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from ..config import DATASET_COLUMNS, WITSFTConfig
 from ..conversation.messages import SHAREGPT_ROLES
 from ..conversation.tool_calls import null_arguments
+from .prepared_rows import AnyDataset, Row
 
 
 logger = get_logger(__name__)
@@ -25,7 +26,7 @@ def check_train_dataset(dataset: Any, formatting_func: Callable | None, args: WI
         `ValueError`: it is empty; TRL would ignore the `formatting_func`; or `assistant_only_loss=True` contradicts the
         weights of `messages`.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if not isinstance(dataset, AnyDataset):
         return set()  # TRL refuses it
     columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set(next(iter(dataset), ()))
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
@@ -46,24 +47,6 @@ def check_train_dataset(dataset: Any, formatting_func: Callable | None, args: WI
     return columns
 
 
-def warn_of_unused_roles(
-    dataset: Dataset | IterableDataset, columns: tuple[str, ...], role_loss_weights: dict[str, float], name: str
-) -> None:
-    """Tells which roles have a weight, but no turn in the first rows."""
-    if not role_loss_weights or isinstance(dataset, IterableDataset):
-        return
-    roles = {"tools", "system"} if "system" in dataset.column_names else {"tools"}
-    for row in dataset.select_columns([*columns]).take(min(_FIRST_ROWS, len(dataset))):
-        turns = [turn for column in columns if isinstance(row[column], list) for turn in row[column]]
-        found = {turn.get("role") or turn.get("from", "") for turn in turns if isinstance(turn, dict)}
-        roles |= {SHAREGPT_ROLES.get(role, role) for role in found}
-    if unused := role_loss_weights.keys() - roles:
-        logger.warning(
-            f"`role_loss_weights` names {sorted(unused)}, but the first {_FIRST_ROWS:,} rows of the {name} dataset "
-            f"have only {sorted(filter(None, roles - {'tools'}))}."
-        )
-
-
 def warn_of_ignored_columns(columns: set[str], unread: set[str], name: str) -> None:
     """Names columns with weights, and those with which other formats say more, as far as they are not read."""
     known = ("weight", "token_weights")
@@ -79,21 +62,34 @@ def warn_of_ignored_columns(columns: set[str], unread: set[str], name: str) -> N
         )
 
 
-def warn_of_nulls(dataset: Dataset | IterableDataset, columns: tuple[str, ...], name: str) -> None:
-    """Names a null argument. Arrow gives every call the arguments of all. They are left out, whoever wrote them."""
-    if isinstance(dataset, IterableDataset) or not columns or "tool_calls" not in str(dataset.features):
+def warn_of_messages(
+    dataset: AnyDataset, example: Row, columns: tuple[str, ...], role_loss_weights: dict[str, float], name: str
+) -> None:
+    """
+    Tells which roles have a weight but no turn, and names a null argument of a call, in the first rows. Of a stream,
+    which is not opened once more for it, only the `example`, its first row, is searched, and only for nulls.
+    """
+    is_stream = isinstance(dataset, IterableDataset)
+    if not is_stream and not role_loss_weights and "tool_calls" not in str(dataset.features):
         return
-    rows = dataset.select_columns([*columns]).take(min(_FIRST_ROWS, len(dataset)))
-    found = (
-        (index, column, *null)
-        for index, row in enumerate(rows)
-        for column in columns
-        for null in null_arguments(row[column] or [])
-    )
-    for index, column, turn, function, argument in found:
+    rows = [example] if is_stream else dataset.select_columns([*columns]).take(min(_FIRST_ROWS, len(dataset)))
+    roles = {"system"} if "system" in example else set()
+    nulls = []
+    for index, row in enumerate(rows):
+        for column in columns:
+            turns = row[column] if isinstance(row[column], list) else []  # nobody checked them
+            roles |= {turn.get("role") or turn.get("from", "") for turn in turns if isinstance(turn, dict)}
+            nulls += [(index, column, *null) for null in null_arguments(turns)]
+    roles = {SHAREGPT_ROLES.get(role, role) for role in roles if role}
+    if not is_stream and (unused := role_loss_weights.keys() - roles - {"tools"}):
+        logger.warning(
+            f"`role_loss_weights` names {sorted(unused)}, but the first {_FIRST_ROWS:,} rows of the {name} dataset "
+            f"have only {sorted(roles)}."
+        )
+    if nulls:
+        index, column, turn, function, argument = nulls[0]
         logger.warning(
             f"Row {index} of the {name} dataset: in turn {turn} of `{column}`, the argument `{argument}` of the call "
             f"of `{function}` is null, as Arrow makes the arguments that only other rows have. Arguments that are null "
             "are left out of all rows. To train on a null, write `arguments` as JSON text."
         )
-        return

@@ -22,19 +22,11 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
-from ..weights import (
-    MASK_COLUMNS,
-    NO_CONVERSATION_MESSAGE,
-    NO_PROMPT_MESSAGE,
-    StructureWeights,
-    check_weight,
-    token_regions,
-    token_weights,
-)
-from .columns import warn_of_ignored_columns, warn_of_nulls, warn_of_unused_roles
-from .prepared_rows import LENGTH_COLUMNS, prepared_row, text_of
+from ..weights import MASK_COLUMNS, NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight
+from .columns import warn_of_ignored_columns, warn_of_messages
+from .prepared_rows import LENGTH_COLUMNS, AnyDataset, Row, prepared_row, read_tokens
 from .schemas import remedy_for
-from .tokenization import Row, RowTokenizer, row_tokenizer
+from .tokenization import RowTokenizer, row_tokenizer
 
 
 logger = get_logger(__name__)
@@ -57,10 +49,14 @@ class DataPreparation:
     """
 
     args: WITSFTConfig
-    packing: bool  # whether the rows are to be packed
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
     dataset_name: str  # what messages call the data set
+    packing: bool = False  # whether the rows are to be packed
+    formatting_func: Callable[[Row], str] | None = None
+    pair_template: str | None = None  # what TRL renders prompts and completions with, if it is not the own template
+    assistant_only_loss: bool = False
 
-    def first_row(self, dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    def first_row(self, dataset: AnyDataset) -> Row:
         """Returns the first row. Raises `ValueError` if there is none, or if rows are read through a transform."""
         if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
             raise ValueError(
@@ -73,25 +69,17 @@ class DataPreparation:
             raise ValueError(f"The {self.dataset_name} dataset is empty. Check the file, the split and any filter.")
         return example
 
-    def tokenize(
-        self,
-        dataset: Dataset | IterableDataset,
-        example: dict[str, Any],
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-        pair_template: str | None,
-        assistant_only_loss: bool,
-    ) -> Dataset | IterableDataset:
-        """
-        Tokenizes rows as TRL does it and weighs their tokens, all in one pass. `example` is the first of them, and
-        `pair_template` what TRL renders prompts and completions with, if it is not the own template.
-        """
+    def tokenize(self, dataset: AnyDataset, example: Row) -> AnyDataset:
+        """Tokenizes rows as TRL does it and weighs their tokens, all in one pass. `example` is the first of them."""
         columns = set(example)
         if not {"image", "images"}.isdisjoint(columns):
             raise ValueError(
                 f"The {self.dataset_name} dataset has images, which the train dataset has not, so they would be "
                 "ignored. Remove the column, or evaluate with images apart."
             )
-        tokenizer = row_tokenizer(example, processing_class, self.args, pair_template, assistant_only_loss)
+        tokenizer = row_tokenizer(
+            example, self.processing_class, self.args, self.pair_template, self.assistant_only_loss
+        )
         if tokenizer is None:
             raise ValueError(
                 f"The {self.dataset_name} dataset has the columns {sorted(columns)}, but needs `prompt` and "
@@ -100,30 +88,29 @@ class DataPreparation:
                 "`formatting_func` makes text of any columns."
             )
         conversations = tokenizer.columns if tokenizer.of_messages else ()
-        self.check_structure_weights(dataset, conversations)
+        self.check_structure_weights(bool(conversations))
         is_text_pair = not conversations and "prompt" in tokenizer.columns
         warn_of_ignored_columns(columns, {"system", "tools"} if is_text_pair else set(), self.dataset_name)
-        warn_of_nulls(dataset, conversations, self.dataset_name)
+        if conversations:
+            roles = self.args.structure_weights.role_loss_weights
+            warn_of_messages(dataset, example, conversations, roles, self.dataset_name)
         function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
         unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
         return self.map_rows(dataset, function, "Tokenizing", unused)
 
-    def format_rows(
-        self, dataset: Dataset | IterableDataset, formatting_func: Callable[[dict], str]
-    ) -> Dataset | IterableDataset:
+    def format_rows(self, dataset: AnyDataset, formatting_func: Callable[[Row], str]) -> AnyDataset:
         """Returns rows with the text that a `formatting_func` makes of each. It may read any column."""
         logger.warning_once(NO_PROMPT_MESSAGE)
-
         # Not a closure, with which all arguments of the training would be part of the key of the cache
-        format_rows = functools.partial(_format, formatting_func=formatting_func, column=self.args.dataset_text_field)
-        return self.map_rows(dataset, format_rows, "Applying formatting function")
+        function = functools.partial(_format, formatting_func=formatting_func, column=self.args.dataset_text_field)
+        return self.map_rows(dataset, function, "Applying formatting function")
 
-    def weigh_tokens(self, dataset: Dataset | IterableDataset, example: dict[str, Any]) -> Dataset | IterableDataset:
+    def weigh_tokens(self, dataset: AnyDataset, example: Row) -> AnyDataset:
         """
         Gives each token of tokenized rows its region, `"completion_mask"`, and the data's own weight of it,
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
         """
-        self.check_structure_weights(dataset)
+        self.check_structure_weights(has_messages=False)
         warn_of_ignored_columns({*example}, set(), self.dataset_name)
         if {*MASK_COLUMNS}.isdisjoint(example):
             logger.warning_once(
@@ -134,12 +121,10 @@ class DataPreparation:
         function = functools.partial(_weigh_tokens, kept=self._kept())
         return self.map_rows(dataset, function, "Finding completions", unused)
 
-    def check_structure_weights(self, dataset: Dataset | IterableDataset, columns: tuple[str, ...] = ()) -> None:
-        """Refuses weights of roles and templates where these columns hold no conversations, and tells unused roles."""
-        structure = self.args.structure_weights
-        if structure != StructureWeights() and not columns:
+    def check_structure_weights(self, has_messages: bool) -> None:
+        """Refuses weights of roles and templates where there are no conversations."""
+        if self.args.structure_weights != StructureWeights() and not has_messages:
             raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
-        warn_of_unused_roles(dataset, columns, structure.role_loss_weights, self.dataset_name)
 
     def _kept(self) -> slice:
         """The part of a row that is kept."""
@@ -155,15 +140,13 @@ class DataPreparation:
             return slice(None)  # the other strategies split a row
         return windows["keep_start" if self.packing else args.truncation_mode]
 
-    def map_kwargs(self, dataset: Dataset | IterableDataset, desc: str) -> dict[str, Any]:
+    def map_kwargs(self, dataset: AnyDataset, desc: str) -> dict[str, Any]:
         """Returns how to map a data set: on several processes, with a progress bar of this name."""
         if isinstance(dataset, IterableDataset):  # takes neither
             return {}
         return {"num_proc": self.args.dataset_num_proc, "desc": f"{desc} of {self.dataset_name} dataset"}
 
-    def map_rows(
-        self, dataset: Dataset | IterableDataset, function: RowFunction, desc: str, unused: Iterable[str] = ()
-    ) -> Dataset | IterableDataset:
+    def map_rows(self, dataset: AnyDataset, function: RowFunction, desc: str, unused: Iterable[str] = ()) -> AnyDataset:
         """
         Maps rows to what the function makes of some of them, with the number of the row in its errors, and removes the
         unused columns. A second start reads it from the cache of the data set, also where it is a mere check.
@@ -202,7 +185,7 @@ def _map_batch(
 
 def _map_row(row: Row, index: int, function: RowFunction, dataset_name: str, made_by: str) -> Row:
     (made,) = _name_row(function, [row], [index], dataset_name)
-    return made
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in made.items()}
 
 
 def _name_row(function: RowFunction, rows: list[Row], indices: list[int], dataset_name: str) -> list[Row]:
@@ -245,9 +228,4 @@ def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -
 
 def _weigh_tokens(rows: list[Row], kept: slice) -> list[Row]:
     """Returns tokenized rows as they are trained on."""
-    made = []
-    for row in rows:
-        regions, weights = token_regions(row), token_weights(row).numpy()
-        text = text_of(row)
-        made.append(prepared_row(row["input_ids"][text], regions[text], weights[text], kept))
-    return made
+    return [prepared_row(*read_tokens(row), kept) for row in rows]

@@ -4,10 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
+from ..weights import token_regions, token_weights
+
+
+AnyDataset = Dataset | IterableDataset
+Row = dict[str, Any]
 
 STREAMED_ROWS = 1000  # at most this number of rows of a stream is read ahead
+TOKEN_COLUMNS = ("input_ids", "completion_mask", "token_weights")  # with an entry for each token
 # Columns with the number of targets of each region. A target is a token whose data weight is not 0, but not the first
 # of the row
 TARGET_COLUMNS = ("prompt_targets", "completion_targets")
@@ -35,14 +41,18 @@ class RowLengths:
 LENGTH_COLUMNS = tuple(RowLengths.__dataclass_fields__)
 
 
-def text_of(example: dict[str, Any]) -> slice:
+def read_tokens(example: Row) -> tuple[Any, np.ndarray, np.ndarray]:
     """
-    Returns what of a tokenized example its `"attention_mask"` keeps: all but the padding before and after the text.
-    Padding on the left would be attended, and its last token would predict the first of the text.
+    Returns the tokens of a tokenized example, their regions and their data weights, without padding. Raises
+    `ValueError` as `token_regions` and `token_weights` do, or if the `"attention_mask"` leaves out a token between
+    others.
+    """
+    regions, weights, text = token_regions(example), token_weights(example), _text_of(example)
+    return example["input_ids"][text], regions[text], weights[text].numpy()
 
-    Raises:
-        `ValueError`: the mask keeps no token, or leaves one out between others.
-    """
+
+def _text_of(example: Row) -> slice:
+    """Padding on the left would be attended, and its last token would predict the first of the text."""
     if "attention_mask" not in example:
         return slice(None)
     mask = np.asarray(example["attention_mask"])
@@ -57,38 +67,37 @@ def text_of(example: dict[str, Any]) -> slice:
     return slice(positions[0], positions[-1] + 1)
 
 
-def prepared_row(input_ids: list[int], regions: list[int], weights: np.ndarray, kept: slice) -> dict[str, Any]:
+def prepared_row(input_ids: Any, regions: Any, weights: Any, kept: slice) -> Row:
     """
     Returns a row as it is trained on: the kept part of its tokens, of their regions and of their data weights; its
-    [`RowLengths`]; and how many targets each region has.
+    [`RowLengths`]; and how many targets each region has. Those of the tokens are arrays, which `datasets` writes faster
+    than lists.
     """
+    input_ids, regions, weights = map(np.asarray, (input_ids, regions, weights))
     left, left_weights = regions[kept], weights[kept]
-    targets = np.where(left_weights[1:] != 0, left[1:], -100)  # nothing predicts the first token
-    completion_cut, end_cut, start_cut = 0, False, False
-    if len(left) < len(regions):
-        completion_cut = regions.count(1) - left.count(1)
-        end_cut, start_cut = _cuts_of_last_answer(regions, kept)
-    return {
-        "input_ids": input_ids[kept],
-        "completion_mask": left,
-        "token_weights": left_weights,
-        "prompt_length": regions.count(0),
-        "completion_length": regions.count(1),
-        "truncated": len(left) < len(regions),
-        "completion_lost": 1 in regions[1:] and 1 not in left[1:],
-        "completion_cut": completion_cut,
-        "answer_cut": end_cut,
-        "answer_lost": end_cut and start_cut,
-        **{name: np.count_nonzero(targets == region) for region, name in enumerate(TARGET_COLUMNS)},
+    targets = left[1:][left_weights[1:] != 0]  # nothing predicts the first token
+    is_cut = len(left) < len(regions)
+    lengths = {
+        "prompt_length": np.count_nonzero(regions == 0),
+        "completion_length": np.count_nonzero(regions == 1),
+        "truncated": is_cut,
+        **(_losses(regions, kept) if is_cut else _NO_LOSSES),
     }
+    counts = {name: np.count_nonzero(targets == region) for region, name in enumerate(TARGET_COLUMNS)}
+    return dict(zip(TOKEN_COLUMNS, (input_ids[kept], left, left_weights), strict=True)) | lengths | counts
 
 
-def _cuts_of_last_answer(regions: list[int], kept: slice) -> tuple[bool, bool]:
-    """Returns whether the last and the first token of the last answer are cut off."""
-    if 1 not in regions:
-        return False, False
-    last = first = len(regions) - 1 - regions[::-1].index(1)
-    while first > 0 and regions[first - 1] == 1:
-        first -= 1
-    left = range(len(regions))[kept]
-    return last not in left, first not in left
+_NO_LOSSES = {"completion_lost": False, "completion_cut": 0, "answer_cut": False, "answer_lost": False}
+
+
+def _losses(regions: np.ndarray, kept: slice) -> Row:
+    """Returns what truncation takes of completion and last answer."""
+    left, completion = regions[kept], np.flatnonzero(regions == 1)
+    *_, last_answer = np.split(completion, np.flatnonzero(np.diff(completion) > 1) + 1)
+    is_left = np.isin(last_answer, np.arange(len(regions))[kept])
+    return {
+        "completion_lost": 1 in regions[1:] and 1 not in left[1:],
+        "completion_cut": len(completion) - np.count_nonzero(left == 1),
+        "answer_cut": not is_left[-1:].all(),
+        "answer_lost": len(completion) > 0 and not is_left.any(),
+    }

@@ -8,7 +8,6 @@ From rows of any type to tokens, each with a region and the data weight that mes
 
 import itertools
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate.logging import get_logger
@@ -23,6 +22,7 @@ from ..conversation.template_memory import TemplateMemory
 from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
 from ..weights import NO_PROMPT_MESSAGE, StructureWeights
+from .prepared_rows import Row
 
 
 logger = get_logger(__name__)
@@ -30,21 +30,14 @@ logger = get_logger(__name__)
 # What `apply_chat_template` does not pass to the template, but uses itself once it has rendered
 _OF_TOKENIZER = {"max_length", "padding", "return_tensors", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
 
-Row = dict[str, Any]
-
-
-class TokenizedRow(NamedTuple):
-    """The tokens of a row, their regions (1 completion, 0 prompt), and the data weights that messages give them."""
-
-    input_ids: list[int]
-    regions: list[int]
-    weights: np.ndarray
+# The tokens of a row, their regions (1 completion, 0 prompt), and the data weights that messages give them
+TokenizedRow = tuple[list[int], list[int], np.ndarray]
 
 
 @dataclass
 class RowTokenizer:
     """
-    Tokenizes rows of one type. Called with some of them, it returns a [`TokenizedRow`] for each.
+    Tokenizes rows of one type. Called with some of them, it returns a `TokenizedRow` for each.
 
     Raises:
         `ValueError`: a row cannot be tokenized, or the regions of its tokens cannot be told.
@@ -84,9 +77,7 @@ class RowTokenizer:
         else:
             prompts = self._encode([row["prompt"] for row in rows], add_special_tokens=True)
             regions = [_regions(input_ids, prompt) for input_ids, prompt in zip(whole, prompts, strict=True)]
-        return [
-            TokenizedRow(ids, of_ids, np.ones(len(ids), np.float32)) for ids, of_ids in zip(whole, regions, strict=True)
-        ]
+        return [(ids, of_ids, np.ones(len(ids), np.float32)) for ids, of_ids in zip(whole, regions, strict=True)]
 
     def _tokenize_conversations(self, rows: list[Row]) -> list[TokenizedRow]:
         tokenized = []
@@ -98,7 +89,7 @@ class RowTokenizer:
                 marked = tokens["assistant_masks"] if has_marks else None
                 weighed = weigh_conversation(conversation, tokens["input_ids"], marked, self.structure)
                 check_marks(weighed[0])
-                tokenized.append(TokenizedRow(tokens["input_ids"], *weighed))
+                tokenized.append((tokens["input_ids"], *weighed))
         return tokenized
 
     def _conversation(self, row: Row) -> Conversation:
@@ -139,7 +130,7 @@ class RowTokenizer:
                 check_marks(tokens["assistant_masks"])
                 marked = [*map(min, marked, tokens["assistant_masks"])]
             weighed = weigh_conversation(conversation, input_ids, marked, self.structure, turns)
-            tokenized.append(TokenizedRow(input_ids, *weighed))
+            tokenized.append((input_ids, *weighed))
         return tokenized
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -183,23 +174,20 @@ def row_tokenizer(
     Returns what tokenizes rows with the columns of an example, or `None` if these are those of no type of data set.
     TRL renders prompts and completions with `pair_template`, if it is not the own template.
     """
-    columns: tuple[str, ...]
-    templates: dict[str, Any] = {"structure": args.structure_weights}
+    structure = args.structure_weights
     if "prompt" in example and "completion" in example:
-        columns, of_messages = ("prompt", "completion"), isinstance(example["prompt"], list)
         if assistant_only and pair_template is None:
             pair_template = training_chat_template(processing_class)
-        templates |= {"chat_template": pair_template, "assistant_only": assistant_only}
-    elif "messages" in example or "conversations" in example:
-        columns, of_messages = ("conversations" if "conversations" in example else "messages",), True
-        templates["chat_template"] = chosen_chat_template(processing_class)
-        templates["tool_template"] = training_chat_template(processing_class, tools=True)
-    elif args.dataset_text_field in example:
-        logger.warning_once(NO_PROMPT_MESSAGE)
-        columns, of_messages = (args.dataset_text_field,), False
-    else:
+        columns, of_messages = ("prompt", "completion"), isinstance(example["prompt"], list)
+        return RowTokenizer(processing_class, columns, of_messages, pair_template, None, assistant_only, structure)
+    for column in ("conversations", "messages"):
+        if column in example:
+            templates = chosen_chat_template(processing_class), training_chat_template(processing_class, tools=True)
+            return RowTokenizer(processing_class, (column,), True, *templates, structure=structure)
+    if args.dataset_text_field not in example:
         return None
-    return RowTokenizer(processing_class, columns, of_messages, **templates)
+    logger.warning_once(NO_PROMPT_MESSAGE)
+    return RowTokenizer(processing_class, (args.dataset_text_field,), False, structure=structure)
 
 
 def _regions(input_ids: list[int], prompt_ids: list[int]) -> list[int]:

@@ -2,46 +2,35 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import pack_dataset
 
 from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
 from .columns import warn_of_ignored_columns
 from .preparation import DataPreparation
-from .prepared_rows import STREAMED_ROWS, TARGET_COLUMNS, RowLengths
+from .prepared_rows import STREAMED_ROWS, TARGET_COLUMNS, TOKEN_COLUMNS, AnyDataset, RowLengths
 from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
 
 
 logger = get_logger(__name__)
 
 _ROWS_WITHOUT_TARGET = 10_000  # of a stream, which may have no end, before it is refused
-_TOKEN_COLUMNS = ["input_ids", "completion_mask", "token_weights"]
 
 
 class TrainingRows(NamedTuple):
     """A prepared training set, and what its rows do not tell. Of a stream nothing more is known."""
 
-    dataset: Dataset | IterableDataset
+    dataset: AnyDataset
     lengths: RowLengths | None = None  # of all rows before any was dropped
     dropped: int | None = None  # number of rows
 
 
-def prepare_rows(
-    dataset: Dataset | IterableDataset,
-    preparation: DataPreparation,
-    is_train: bool,
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    formatting_func: Callable[[dict], str] | None,
-    pair_template: str | None,
-    assistant_only_loss: bool,
-) -> TrainingRows:
+def prepare_rows(dataset: AnyDataset, preparation: DataPreparation, is_train: bool) -> TrainingRows:
     """
     Returns rows of any type as they are trained on or evaluated: tokenized, weighed, truncated, packed and shuffled.
 
@@ -51,24 +40,24 @@ def prepare_rows(
     args = preparation.args
     example = preparation.first_row(dataset)
     if {"seq_lengths", "completion_mask"} <= example.keys():  # packed already
-        preparation.check_structure_weights(dataset)
+        preparation.check_structure_weights(has_messages=False)
         return TrainingRows(dataset)
     if "input_ids" in example:
         dataset = preparation.weigh_tokens(dataset, example)
     else:
-        if formatting_func is not None:
-            dataset = preparation.format_rows(dataset, formatting_func)
+        if preparation.formatting_func is not None:
+            dataset = preparation.format_rows(dataset, preparation.formatting_func)
             example = {args.dataset_text_field: None}
-        dataset = preparation.tokenize(dataset, example, processing_class, pair_template, assistant_only_loss)
+        dataset = preparation.tokenize(dataset, example)
     # Evaluation sets keep all their rows, since both regions are measured
     rows = select_training_rows(dataset, preparation) if is_train else TrainingRows(dataset)
     dataset = _pack(rows.dataset, preparation) if preparation.packing else rows.dataset
     return rows._replace(dataset=dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset)
 
 
-def _pack(dataset: Dataset | IterableDataset, preparation: DataPreparation) -> Dataset | IterableDataset:
+def _pack(dataset: AnyDataset, preparation: DataPreparation) -> AnyDataset:
     """Packs rows as TRL does, with all that belongs to each token."""
-    dataset = dataset.select_columns(_TOKEN_COLUMNS)
+    dataset = dataset.select_columns([*TOKEN_COLUMNS])
     with global_then_local_main_first():
         if preparation.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=preparation.args.seed)
@@ -76,7 +65,7 @@ def _pack(dataset: Dataset | IterableDataset, preparation: DataPreparation) -> D
         return pack_dataset(dataset, preparation.args.max_length, preparation.args.packing_strategy, map_kwargs)
 
 
-def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPreparation) -> TrainingRows:
+def select_training_rows(whole: AnyDataset, preparation: DataPreparation) -> TrainingRows:
     """
     Returns what of prepared rows is trained on. Drops the rows in which every token weighs 0, where TRL drops fully
     masked ones: after truncation, but not after packing.
@@ -91,17 +80,13 @@ def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPrep
 
     _check_targets(whole, regions, preparation)
     if isinstance(whole, IterableDataset):
-        kept = whole.filter(lambda row: any(row[region] for region in regions)) if drops else whole
-        return TrainingRows(kept)
-
+        return TrainingRows(whole.filter(lambda row: any(row[region] for region in regions)) if drops else whole)
     kept = whole
     if drops:
         columns = whole.select_columns(regions).with_format("arrow")[:]
-        has_target = np.any([columns[region].to_numpy() > 0 for region in regions], axis=0)
-        if not has_target.all():
-            kept = whole.select(np.flatnonzero(has_target))
-    dropped = len(whole) - len(kept)
-    if dropped:
+        with_target = np.flatnonzero(sum(columns[region].to_numpy() for region in regions))
+        kept = whole.select(with_target) if len(with_target) < len(whole) else whole
+    if dropped := len(whole) - len(kept):
         logger.warning(
             f"Dropped {dropped} of {len(whole)} rows of the {preparation.dataset_name} dataset: they have no token of "
             f"non-zero weight, or none within `max_length={args.max_length}`."
@@ -109,58 +94,44 @@ def select_training_rows(whole: Dataset | IterableDataset, preparation: DataPrep
     return TrainingRows(kept, RowLengths.read(whole), dropped)
 
 
-def _check_targets(rows: Dataset | IterableDataset, regions: list[str], preparation: DataPreparation) -> None:
+def _check_targets(rows: AnyDataset, regions: list[str], preparation: DataPreparation) -> None:
     """
     Raises `ValueError` if no row has a target, or if truncation takes every completion.
 
     It reads rows until one has a target and one keeps its completion. A stream may have no end, so both are looked for
     in its first rows only: a completion in fewer of them.
     """
-    args = preparation.args
-    has_target, lost, keeps_completion = False, False, args.completion_loss_weight == 0
-    for number, row in enumerate(rows.select_columns([*regions, "completion_length", "completion_lost"])):
-        is_long_stream = isinstance(rows, IterableDataset) and number == STREAMED_ROWS
-        lost = lost or row["completion_lost"]
-        keeps_completion = (
-            keeps_completion or is_long_stream or (row["completion_length"] and not row["completion_lost"])
-        )
+    args, is_stream = preparation.args, isinstance(rows, IterableDataset)
+    column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
+    has_target, keeps_completion = False, args.completion_loss_weight == 0
+    number = cut = 0
+    read = rows.select_columns([*regions, "completion_length", "completion_lost", "truncated"])
+    for number, row in enumerate(itertools.islice(read, _ROWS_WITHOUT_TARGET if is_stream else None), start=1):
+        cut += row[column]
+        if (row["completion_length"] and not row["completion_lost"]) or (is_stream and number > STREAMED_ROWS):
+            keeps_completion = True
         has_target = has_target or any(row[region] for region in regions)
         if has_target and keeps_completion:
             return
-        if isinstance(rows, IterableDataset) and number == _ROWS_WITHOUT_TARGET:
-            raise ValueError(
-                f"None of the first {_ROWS_WITHOUT_TARGET:,} rows of the {preparation.dataset_name} dataset has a "
-                f"token left to train on: {_truncation(rows, args)}. Raise `max_length`, give the other region a "
-                "weight, look for weights of 0 in the data, or shuffle the stream if later rows have some."
-            )
-    if lost and not keeps_completion:
+    of_dataset = f"of the {preparation.dataset_name} dataset"
+    truncation = f"{cut} of {number} rows were {verb} to `max_length={args.max_length}`"
+    if cut and not keeps_completion:
         raise ValueError(
-            f"No row of the {preparation.dataset_name} dataset has a completion left to train on: "
-            f"{_truncation(rows, args)}, so the model would learn its prompts alone. Raise `max_length`, or set "
-            "`completion_loss_weight=0` if that is what you want."
+            f"No row {of_dataset} has a completion left to train on: {truncation}, so the model would learn its "
+            "prompts alone. Raise `max_length`, or set `completion_loss_weight=0` if that is what you want."
         )
     if not has_target:
+        subject, remedy = "No row", ""
+        if is_stream and number == _ROWS_WITHOUT_TARGET:
+            subject, remedy = f"None of the first {number:,} rows", " Or shuffle the stream, if later rows have some."
         raise ValueError(
-            f"No row of the {preparation.dataset_name} dataset has a token left to train on. The weights of prompt and "
-            f"completion are {(args.prompt_loss_weight, args.completion_loss_weight)}, and {_truncation(rows, args)}. "
-            "Raise `max_length`, give the other region a weight, or look for weights of 0 in the data."
+            f"{subject} {of_dataset} has a token left to train on. The weights of prompt and completion are "
+            f"{(args.prompt_loss_weight, args.completion_loss_weight)}, and {truncation}. Raise `max_length`, give the "
+            f"other region a weight, or look for weights of 0 in the data.{remedy}"
         )
 
 
-def _truncation(rows: Dataset | IterableDataset, args: WITSFTConfig) -> str:
-    """Returns what an error says of truncation. A stream may have no end, so its first rows tell."""
-    column, verb = ("completion_lost", "lost") if args.completion_loss_weight else ("truncated", "cut")
-    columns = rows.select_columns([column])
-    found = [
-        bool(row[column])
-        for row in itertools.islice(columns, STREAMED_ROWS + 1 if isinstance(rows, IterableDataset) else None)
-    ]
-    return f"{sum(found)} of {len(found)} rows were {verb} to `max_length={args.max_length}`"
-
-
-def check_image_rows(
-    dataset: Dataset | IterableDataset, collator: DataCollatorForVisionLanguageWIT, args: WITSFTConfig
-) -> None:
+def check_image_rows(dataset: AnyDataset, collator: DataCollatorForVisionLanguageWIT, args: WITSFTConfig) -> None:
     """
     Raises `ValueError` if a row is wrong but for its images, which are not read, or if no row has a target, in its
     completion if that has a weight: it stops at the first that has one.
@@ -174,11 +145,9 @@ def check_image_rows(
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         warn_of_ignored_columns({*dataset.column_names}, {"tools"}, "train")  # which TRL's collator does not render
         texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
-        DataPreparation(args, False, "train").map_rows(
-            texts,
-            functools.partial(check_rows, text_field=collator.dataset_text_field),
-            "Checking rows",
-            texts.column_names,
+        function = functools.partial(check_rows, text_field=collator.dataset_text_field)
+        DataPreparation(args, collator.processor, "train").map_rows(
+            texts, function, "Checking rows", texts.column_names
         )
     # A stream may have no end
     if not any(map(has_target, itertools.islice(dataset, None if isinstance(dataset, Dataset) else STREAMED_ROWS))):

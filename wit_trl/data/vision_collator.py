@@ -24,7 +24,7 @@ from ..conversation.tool_calls import arguments_as_objects
 from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
 from ..weights import NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight, set_targets
-from .prepared_rows import prepared_row
+from .prepared_rows import TOKEN_COLUMNS, prepared_row
 
 
 logger = logging.get_logger(__name__)
@@ -107,10 +107,9 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         for example in examples:
             batch = whole([example])
             length = int(batch["attention_mask"].sum())
-            input_ids, regions = (batch[name][0, :length].tolist() for name in ("input_ids", "completion_mask"))
-            weights = batch["token_weights"][0, :length].numpy()
+            input_ids, regions, weights = (batch[name][0, :length] for name in TOKEN_COLUMNS)
             row = prepared_row(input_ids, regions, weights, slice(self.max_length))
-            yield row | {"token_weights": row["token_weights"].tolist()}
+            yield row | {name: row[name].tolist() for name in TOKEN_COLUMNS}
 
     def tokenize_first_rows(self, dataset: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """

@@ -15,8 +15,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..data.prepared_rows import LENGTH_COLUMNS, STREAMED_ROWS, RowLengths
-from ..weights import REGIONS, StructureWeights, token_regions, token_weights
+from ..data.prepared_rows import LENGTH_COLUMNS, STREAMED_ROWS, TOKEN_COLUMNS, RowLengths, read_tokens
+from ..weights import REGIONS, StructureWeights
 from .page import printable
 
 
@@ -218,10 +218,7 @@ def _first_rows(rows: Rows) -> Dataset:
         return rows.take(min(STORED_ROWS, len(rows)))
     first = list(itertools.islice(rows, STREAMED_ROWS))
     if first and not _is_prepared(first[0]):  # as the collator reads them
-        first = [
-            {**row, "completion_mask": token_regions(row), "token_weights": token_weights(row).tolist()}
-            for row in first
-        ]
+        first = [{**row, **dict(zip(TOKEN_COLUMNS, read_tokens(row), strict=True))} for row in first]
     return Dataset.from_list(first)
 
 
