@@ -315,20 +315,20 @@ def test_module_runs_and_help_needs_no_torch():
     code += "runpy.run_module('wit_trl', run_name='__main__')"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect}")
+    assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect,check}")
 
 
 def test_help_of_a_command_imports_flags_alone():
     code = f"""if True:
         import contextlib, sys
         from wit_trl.cli import main
-        for command in ("sft", "inspect", "sweep"):
+        for command in ("sft", "inspect", "sweep", "check"):
             sys.argv = ["wit-trl", command, "-h"]
             with contextlib.suppress(SystemExit):
                 main()
             print(f"\\n{{command}}: imported", [name for name in {NOT_FOR_HELP} if sys.modules.get(name)])"""
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    for command in ("sft", "inspect", "sweep"):
+    for command in ("sft", "inspect", "sweep", "check"):
         assert f"usage: wit-trl {command} [flags]" in process.stdout
         assert f"\n{command}: imported []\n" in process.stdout

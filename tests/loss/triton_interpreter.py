@@ -123,6 +123,28 @@ def test_top1_is_the_first_of_equal_logits():
     assert output.is_top1.tolist() == [True, False, False, False]
 
 
+def test_top1_at_every_place_of_what_a_thread_loads_at_once():
+    """With the same logit at the token before the target, and at the one after it."""
+    token, targets = torch.arange(HIDDEN), torch.arange(HIDDEN) + HIDDEN
+    for other, is_top1 in ((targets, True), (targets - 1, False), (targets + 1, True)):
+        weight = torch.zeros(3 * HIDDEN, HIDDEN)
+        weight[targets, token] = weight[other, token] = 3.0
+        output = weighted_linear_cross_entropy(torch.eye(HIDDEN), weight, targets, torch.ones(HIDDEN))
+        assert output.is_top1.tolist() == [is_top1] * HIDDEN
+
+
+def test_soft_cap_of_logits_that_are_far_above_it():
+    inputs, targets, weights = make_inputs(torch.float32, 101, bias=False)
+    with torch.no_grad():
+        inputs[1] *= 1000
+    output = weighted_linear_cross_entropy(*inputs, targets, weights, 1, softcap=5.0, scored=True)
+    output.loss.backward()
+    loss, _, nll, _, gradients = reference(inputs, targets, weights, 1, 1.0, 5.0)
+    torch.testing.assert_close([output.loss, output.nll], [loss.float(), nll.float()])
+    for x, gradient in zip(inputs, gradients, strict=True):
+        torch.testing.assert_close(x.grad, gradient.float(), rtol=1e-4, atol=1e-6)
+
+
 def test_without_a_weighted_token_the_gradient_is_zero(on_triton):
     inputs, targets, weights = make_inputs(torch.float32, 101, bias=True)
     for scored in (None, True):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from trl import SFTConfig, SFTTrainer
 
@@ -32,17 +33,19 @@ class Check:
     limit: float
     remedy: str  # what a figure above the limit means, and what avoids it
     error: str | None = None
+    kernel: str | None = None  # that was checked, a `fused_head`
 
     @property
     def is_right(self) -> bool:
         return self.figure <= self.limit  # which NaN is not
 
 
-def _run(name: str, limit: float, remedy: str, measure: Callable[[], float]) -> Check:
+def _run(name: str, limit: float, remedy: str, measure: Callable[[], float], kernel: str | None = None) -> Check:
     try:
-        return Check(name, measure(), limit, remedy)
+        figure, message = measure(), None
     except Exception as error:  # whatever a kernel or a device raises
-        return Check(name, math.inf, limit, remedy, f"{type(error).__name__}: {error}")
+        figure, message = math.inf, f"{type(error).__name__}: {error}"
+    return Check(name, figure, limit, remedy, message, kernel)
 
 
 def check_kernels(device: str, tokens: int = 60, hidden_size: int = 96, vocabulary: int = 1501) -> Iterator[Check]:
@@ -50,14 +53,14 @@ def check_kernels(device: str, tokens: int = 60, hidden_size: int = 96, vocabula
     for (name, kernel), (dtype, limit) in itertools.product(KERNELS.items(), LIMITS.items()):
 
         def measure(kernel=kernel, dtype=dtype):
-            errors = (head_errors(kernel, case, device, dtype, tokens, hidden_size, vocabulary) for case in HEAD_CASES)
-            return max(max(of_case.values()) for of_case in errors)
+            cases = (head_errors(kernel, case, device, dtype, tokens, hidden_size, vocabulary) for case in HEAD_CASES)
+            return float(np.max([error for errors in cases for error in errors.values()]))  # NaN, if one is
 
         remedy = (
             f"The kernel `{name}` of the LM head is wrong in {str(dtype).removeprefix('torch.')}. Set "
             f'`fused_head="{_OTHER[name]}"`.'
         )
-        yield _run(f"head {name}, {str(dtype).removeprefix('torch.')}", limit, remedy, measure)
+        yield _run(f"head {name}, {str(dtype).removeprefix('torch.')}", limit, remedy, measure, kernel=name)
 
 
 def check_trainers(device: str) -> Iterator[Check]:
@@ -78,10 +81,10 @@ def check_trainers(device: str) -> Iterator[Check]:
 
         def measure(weights=weights, arguments=arguments, of_trl=of_trl):
             expected = train(SFTTrainer, SFTConfig, **arguments, **of_trl)
-            return max(differences(wit(*weights, **arguments), expected).values())
+            return float(np.max([*differences(wit(*weights, **arguments), expected).values()]))
 
         remedy = f"Rows that are {layout} train otherwise than in `SFTTrainer`. Use another layout of the batch."
-        yield _run(f"(λp, λr) = {weights} as SFTTrainer, {layout}", TRAINING_LIMIT, remedy, measure)
+        yield _run(f"({weights[0]:g}, {weights[1]:g}) as SFTTrainer, {layout}", TRAINING_LIMIT, remedy, measure)
 
     first, *others = [
         {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
@@ -91,10 +94,10 @@ def check_trainers(device: str) -> Iterator[Check]:
     for arguments in others:
 
         def measure(arguments=arguments):
-            return max(differences(wit(0.2, 0.8, **arguments), whole).values())
+            return float(np.max([*differences(wit(0.2, 0.8, **arguments), whole).values()]))
 
         remedy = "The loss depends on how a step is split. Set `gradient_accumulation_steps=1`."
-        name = f"(λp, λr) = (0.2, 0.8), {arguments['gradient_accumulation_steps']} micro-batches as one"
+        name = f"(0.2, 0.8), {arguments['gradient_accumulation_steps']} micro-batches as one"
         yield _run(name, TRAINING_LIMIT, remedy, measure)
 
 
@@ -121,7 +124,7 @@ def time_heads(device: str, hidden_size: int, vocabulary: int) -> dict[str, floa
     Returns the median seconds of head and loss, forward and backward: of the bare matrix products, which are the limit,
     and of each kernel. Half of the tokens have a weight. In the data type that a training has by default.
     """
-    tokens, repeats, dtype = (256, 3, torch.float32) if device == "cpu" else (8192, 10, torch.bfloat16)
+    tokens, repeats, dtype = (64, 2, torch.float32) if device == "cpu" else (8192, 10, torch.bfloat16)
     hidden_states, weight, _, targets, token_weights = head_inputs(device, dtype, tokens, hidden_size, vocabulary)
     kept = hidden_states[token_weights != 0]
 

@@ -4,8 +4,7 @@ import tempfile
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..embedded import embedded_config, load_stdlib_functions, train_embedded_tokenizer
@@ -19,8 +18,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 # Weights of prompt and completion, and what `SFTTrainer` trains with them
 ENDPOINTS = {(0.0, 1.0): {"completion_only_loss": True}, (1.0, 1.0): {"completion_only_loss": False}}
 # Rows of a micro-batch and micro-batches of a step
-SPLITS = ((8, 1), (4, 2), (2, 4))
-ROWS, STEPS = 16, 2
+SPLITS = ((4, 1), (2, 2), (1, 4))
+ROWS, STEPS = 8, 2
 
 
 class Trained(NamedTuple):
@@ -36,8 +35,8 @@ class TinyTraining:
     def __init__(self, device: str):
         dataset = load_stdlib_functions()
         self.device = device
-        self.tokenizer: PreTrainedTokenizerFast = train_embedded_tokenizer(dataset)
-        self.rows: Dataset = dataset["train"].select(range(ROWS))
+        self.tokenizer = train_embedded_tokenizer(dataset)
+        self.rows = dataset["train"].select(range(ROWS))
 
     def __call__(self, trainer_class: type[SFTTrainer], config_class: type[SFTConfig], **arguments: Any) -> Trained:
         torch.manual_seed(0)
@@ -49,7 +48,7 @@ class TinyTraining:
                 **{
                     "max_length": None,
                     "max_steps": STEPS,
-                    "per_device_train_batch_size": 8,
+                    "per_device_train_batch_size": 4,
                     # The parameters then differ as the gradients do
                     "optim": "sgd",
                     "learning_rate": 0.1,
@@ -66,6 +65,7 @@ class TinyTraining:
                 },
             )
             trainer = trainer_class(model, args, train_dataset=self.rows, processing_class=self.tokenizer)
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         after = torch.cat([x.detach().cpu().flatten() for x in trainer.model.parameters()])

@@ -1,15 +1,20 @@
 """What `wit-trl check` does after its flags."""
 
 import dataclasses
+import itertools
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig
 
 from ..check.checks import KERNELS, Check, check_kernels, check_loss, check_trainers, time_heads
@@ -23,6 +28,11 @@ from .versions import versions
 
 # Hidden size and vocabulary of a Llama-3.2-1B
 _DEFAULT_SIZES = (2048, 128256)
+_TIMED = {
+    "products": "matrix products alone, the limit",
+    "one_pass": 'fused_head="one_pass"',
+    "trl": 'fused_head="trl"',
+}
 
 
 def head_sizes(arguments: Arguments) -> tuple[int, int]:
@@ -39,7 +49,7 @@ def head_sizes(arguments: Arguments) -> tuple[int, int]:
     return config.hidden_size, config.vocab_size
 
 
-def check_model(arguments: Arguments, console: Console) -> Iterator[Check]:
+def check_model(arguments: Arguments) -> Iterator[Check]:
     """Shows the first row with its regions, and checks the loss on the user's model."""
     with tempfile.TemporaryDirectory() as folder:
         arguments.training.output_dir = folder
@@ -67,34 +77,43 @@ def advice(seconds: dict[str, float], device: str, wrong: set[str]) -> str:
     )
 
 
+def table(found: list[Check], seconds: dict[str, float], sizes: tuple[int, int]) -> Iterator[Table]:
+    """Yields the results, and the times of head and loss."""
+    checks = Table("", "compared", "difference over norm", "allowed", "", box=SIMPLE_HEAD)
+    for result in found:
+        mark = Text("✓", "green") if result.is_right else Text("✗", "red")
+        meaning = "" if result.is_right else " ".join(filter(None, (result.remedy, result.error)))
+        checks.add_row(mark, Text(result.name), f"{result.figure:.1e}", f"{result.limit:.0e}", Text(meaning))
+    yield checks
+    times = Table("head and loss, forward and backward", "ms", box=SIMPLE_HEAD)
+    times.title = f"hidden size {sizes[0]:,}, vocabulary {sizes[1]:,}"
+    for name, value in seconds.items():
+        times.add_row(_TIMED[name], f"{1000 * value:.1f}")
+    yield times
+
+
 def check(arguments: Arguments, file: str | None) -> bool:
-    """Prints all results as they come, and writes them to a file. Returns whether all are right."""
+    """Prints all results, and writes them to a file if one is named. Returns whether all are right."""
     device = arguments.training.device.type
-    console, found = Console(highlight=False), []
-    console.print(versions(), markup=False)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of TRL's own defaults
+    console, found = Console(highlight=False), []
+    console.print(versions(), markup=False)
     sources = [check_kernels(device), check_trainers(device)]
     if arguments.model.model_name_or_path is not None:
-        sources.append(check_model(arguments, console))
-    for source in sources:
-        for result in source:
+        sources.append(check_model(arguments))
+    sizes = head_sizes(arguments)
+    with console.status("Checks the kernels") as status:
+        for result in itertools.chain.from_iterable(sources):
             found.append(result)
-            mark = "[green]✓[/green]" if result.is_right else "[red]✗[/red]"
-            console.print(f"{mark} {result.name}: {result.figure:.1e} off, {result.limit:.0e} allowed")
-            if not result.is_right:
-                console.print(f"  {result.remedy}" + (f" ({result.error})" if result.error else ""), markup=False)
-    hidden_size, vocabulary = head_sizes(arguments)
-    seconds = time_heads(device, hidden_size, vocabulary)
-    console.print(f"\nHead and loss, hidden size {hidden_size}, vocabulary {vocabulary}, forward and backward:")
-    for name, value in seconds.items():
-        console.print(f"  {name}: {1000 * value:.1f} ms")
-    wrong = {
-        name for name in KERNELS for result in found if result.name.startswith(f"head {name},") and not result.is_right
-    }
-    sentence = advice(seconds, device, wrong)
-    console.print(sentence, markup=False)
+            status.update(f"{len(found)} checks done, the last one: {result.name}")
+        status.update("Times the head")
+        seconds = time_heads(device, *sizes)
+    console.print(*table(found, seconds, sizes))
     is_right = all(result.is_right for result in found)
+    sentence = advice(seconds, device, {result.kernel for result in found if not result.is_right})
+    console.print(sentence, markup=False)
     console.print("All is right." if is_right else "Something is wrong. A bug report needs all that is printed here.")
     if file is not None:
         results = [{**dataclasses.asdict(result), "is_right": result.is_right} for result in found]

@@ -1,0 +1,113 @@
+"""`wit-trl check`: what is right gets a ✓, and what is broken on purpose a ✗ with what to do."""
+
+import json
+import sys
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from wit_trl import cli
+from wit_trl.check import checks, trainers
+from wit_trl.cli import checking
+from wit_trl.loss import one_pass
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """A function that runs the command on a CPU, with small sizes. It returns what it prints, and its exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(checking, "_DEFAULT_SIZES", (32, 500))
+    monkeypatch.setattr(checks, "LAYOUTS", {"packed": checks.LAYOUTS["packed"]})
+    monkeypatch.setattr(checks, "SPLITS", checks.SPLITS[::2])
+    pairs = [{"prompt": f"Add 1 to {i}. ", "completion": f"{i} + 1 = {i + 1}"} for i in range(trainers.ROWS)]
+    monkeypatch.setattr(trainers, "load_stdlib_functions", lambda: DatasetDict(train=Dataset.from_list(pairs)))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["wit-trl", "check", "--use_cpu", "True", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return capsys.readouterr().out, end.value.code
+
+    return run
+
+
+def test_all_is_right_and_written_to_the_file_alone(run, tmp_path):
+    output, status = run("--json", "check.json")
+    assert status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["check.json"]
+    assert output.startswith("wit_trl: ")
+    assert output.count("✓") == 6 + 2 + 1
+    assert "✗" not in output
+    assert output.endswith('Leave `fused_head="auto"`: it is "one_pass" here.\nAll is right.\n') or (
+        'Set `fused_head="trl"`: it takes' in output  # of sizes as small as these it may be the faster one
+    )
+    values = json.loads((tmp_path / "check.json").read_text())
+    assert all(result["is_right"] and result["figure"] <= result["limit"] for result in values["results"])
+    assert {*values["seconds"]} == {"products", "one_pass", "trl"}
+    assert values["advice"] in output
+    assert values["versions"] in output
+
+
+def test_the_loss_of_a_model_and_its_data(run, make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"The sum of {i} and 1 is", "completion": f" {i + 1}."} for i in range(4)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    before = {*tmp_path.rglob("*")}
+    output, status = run("--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--bf16", "False")
+    assert status == 0
+    assert "Row 0: " in output
+    assert "hidden size 32, vocabulary 500" in output
+    assert "tokens of the data" in output
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_a_wrong_kernel_is_named_with_the_setting_that_avoids_it(run, monkeypatch):
+    score = one_pass.score
+
+    def wrong(logits, *args):
+        score(logits, *args)
+        logits *= 1.1
+
+    monkeypatch.setattr(one_pass, "score", wrong)
+    output, status = run()
+    assert status == 1
+    assert 'The kernel `one_pass` of the LM head is wrong in bfloat16. Set `fused_head="trl"`.' in output
+    assert 'Set `fused_head="trl"`: "auto" is "one_pass" here, which is wrong.' in output
+    assert output.count("✗") == 3 + 2  # the kernel in each data type, and trainings with it; splits are all as wrong
+    assert output.endswith("Something is wrong. A bug report needs all that is printed here.\n")
+
+
+def test_a_kernel_that_fails_or_returns_nan_is_wrong(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no kernel image is available")
+
+    def nan(*args):
+        loss, scores = one_pass.weighted_nll(*args)
+        return loss * float("nan"), scores
+
+    monkeypatch.setattr(checks, "KERNELS", {"one_pass": fails, "trl": nan})
+    found = list(checks.check_kernels("cpu"))
+    assert [result.is_right for result in found] == [False] * 6
+    assert found[0].error == "RuntimeError: no kernel image is available"
+
+
+@pytest.mark.parametrize(
+    ("device", "one_pass_seconds", "wrong", "expected"),
+    [
+        ("cpu", 1.0, set(), 'Leave `fused_head="auto"`: it is "one_pass" here.'),
+        ("cuda", 3.0, set(), 'Leave `fused_head="auto"`: it is "trl" here.'),
+        ("cuda", 1.5, set(), 'Set `fused_head="one_pass"`: it takes 25% less time than "trl", which "auto" is here.'),
+        ("cuda", 1.5, {"one_pass"}, 'Leave `fused_head="auto"`: it is "trl" here.'),
+        ("cuda", 3.0, {"trl"}, 'Set `fused_head="one_pass"`: "auto" is "trl" here, which is wrong.'),
+        ("cpu", 1.0, {"trl", "one_pass"}, "No head is right here. Do not train on this device, and report it."),
+    ],
+)
+def test_advice(device, one_pass_seconds, wrong, expected):
+    assert checking.advice({"products": 1.0, "one_pass": one_pass_seconds, "trl": 2.0}, device, wrong) == expected
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(run):
+    _, message = run("--json", "missing/check.json")
+    assert message == "error: Cannot write missing/check.json: there is no folder missing. Create it first."
