@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import wit_trl.data.collator
-from wit_trl.cli import arguments, inspect, launch
+from wit_trl.cli import arguments, check, inspect, launch
 from wit_trl.sweep.arguments import SweepArguments
 from wit_trl.sweep.command import parse_sweep_flags, settings_of
 
@@ -181,7 +181,7 @@ def test_commands_are_parsed(page, command, in_a_folder, capsys):
     elif args[0].startswith("-"):
         assert args in (["--version"], ["--help"])
     elif args[1:] == ["-h"]:
-        assert args[0] in ("sft", "sweep", "inspect")
+        assert args[0] in ("sft", "sweep", "inspect", "check")
     elif args[0] == "sft":
         parsed = check_training(args[1:])
         launched = arguments.parse_launch_flags(parsed.launch_flags, "module")
@@ -193,6 +193,11 @@ def test_commands_are_parsed(page, command, in_a_folder, capsys):
         settings = settings_of(parsed)
         assert settings["max_grad_norm"] == 0
         assert "prompt_loss_weight" not in settings  # which training.yaml has
+    elif args[0] == "check":
+        parsed = arguments.Flags((check.CheckArguments, *arguments.TRAINING_TYPES), args[1:])
+        parsed.make(check.CheckArguments)
+        parsed.check()
+        assert parsed.launch_on_line == []
     else:
         assert args[0] == "inspect"
         parsed = arguments.Flags((inspect.InspectionArguments, *arguments.TRAINING_TYPES), args[1:])

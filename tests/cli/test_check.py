@@ -111,3 +111,8 @@ def test_advice(device, one_pass_seconds, wrong, expected):
 def test_a_file_that_cannot_be_written_is_refused_first(run):
     _, message = run("--json", "missing/check.json")
     assert message == "error: Cannot write missing/check.json: there is no folder missing. Create it first."
+
+
+def test_flags_of_the_launcher_are_refused(run):
+    _, message = run("--num_processes", "2")
+    assert message == "error: --num_processes is a flag of the launcher, but `wit-trl check` uses one process."

@@ -24,6 +24,10 @@ def main(args: Sequence[str]) -> None:
     args, debug = split_debug(args)
     with errors_in_one_sentence(debug):
         flags = Flags((CheckArguments, *TRAINING_TYPES), args, prog="wit-trl check")
+        if flags.launch_on_line:
+            raise ValueError(
+                f"{flags.launch_on_line[0]} is a flag of the launcher, but `wit-trl check` uses one process."
+            )
         given, arguments = flags.make(CheckArguments), flags.check()
         from .checking import check  # imports the trainer, for which `-h` does not wait
 
