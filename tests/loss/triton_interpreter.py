@@ -9,11 +9,11 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.loss import patch_once  # noqa: F401
-from tests.reference import head_in_float64
+from tests.reference import head_in_float64 as head_without_torch
 from wit_trl import weighted_linear_cross_entropy
+from wit_trl.check.reference import head_in_float64
 from wit_trl.loss import one_pass, rows
 from wit_trl.loss.params import HeadParams, TokenScores
 
@@ -46,20 +46,10 @@ def make_inputs(dtype, vocab, bias):
     return [x.to(dtype).requires_grad_() for x in inputs], torch.randint(vocab, (TOKENS,)), weights
 
 
-def reference(inputs, targets, weights, divisor, logit_scale, softcap, factors=None):
-    """The loss, the nll and the entropy, in float64 and in full logits."""
-    inputs = [x.detach().double().requires_grad_() for x in inputs]
-    logits = logit_scale * F.linear(*inputs)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    nll = F.cross_entropy(logits, targets, reduction="none")
-    entropy = torch.special.entr(torch.softmax(logits, 1)).sum(1)
-    weights = weights.double()
-    if factors is not None:
-        weights = weights * factors(nll, entropy).detach()
-    loss = (weights * nll).sum() / divisor
-    loss.backward()
-    return loss, logits, nll, entropy, [x.grad for x in inputs]
+def reference(inputs, targets, weights, divisor, *arguments):
+    """What plain loops in float64 find, which `wit-trl check` compares with too."""
+    bias = inputs[2] if len(inputs) > 2 else None
+    return head_in_float64(*inputs[:2], bias, targets, weights / divisor, *arguments)
 
 
 def relative_error(value, expected):
@@ -78,15 +68,15 @@ def check(inputs, targets, weights, logit_scale, softcap, factors=None, grad=1.0
         token_factors=factors,
     )
     output.loss.backward(torch.tensor(grad))
-    loss, logits, nll, entropy, gradients = reference(inputs, targets, weights, divisor, logit_scale, softcap, factors)
+    expected = reference(inputs, targets, weights, divisor, logit_scale, softcap, factors)
     scored = weights != 0
-    assert output.loss.item() == pytest.approx(loss.item(), rel=tolerance)
-    assert relative_error(output.nll[scored], nll[scored]) < tolerance
-    assert relative_error(output.entropy[scored], entropy[scored]) < tolerance
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
+    assert relative_error(output.nll[scored], expected.nll[scored]) < tolerance
+    assert relative_error(output.entropy[scored], expected.entropy[scored]) < tolerance
     assert not output.nll[~scored].any()
     if dtype == torch.float32:
-        assert torch.equal(output.is_top1, (logits.argmax(1) == targets) & scored)
-    for x, gradient in zip(inputs, gradients, strict=True):
+        assert torch.equal(output.is_top1, expected.is_top1 & scored)
+    for x, gradient in zip(inputs, expected[4:], strict=False):
         if x.requires_grad:
             assert x.grad.dtype == dtype
             assert relative_error(x.grad, gradient * grad) < tolerance
@@ -139,9 +129,9 @@ def test_soft_cap_of_logits_that_are_far_above_it():
         inputs[1] *= 1000
     output = weighted_linear_cross_entropy(*inputs, targets, weights, 1, softcap=5.0, scored=True)
     output.loss.backward()
-    loss, _, nll, _, gradients = reference(inputs, targets, weights, 1, 1.0, 5.0)
-    torch.testing.assert_close([output.loss, output.nll], [loss.float(), nll.float()])
-    for x, gradient in zip(inputs, gradients, strict=True):
+    expected = reference(inputs, targets, weights, 1, 1.0, 5.0)
+    torch.testing.assert_close([output.loss, output.nll], [expected.loss.float(), expected.nll.float()])
+    for x, gradient in zip(inputs, expected[4:6], strict=True):
         torch.testing.assert_close(x.grad, gradient.float(), rtol=1e-4, atol=1e-6)
 
 
@@ -158,15 +148,15 @@ def test_without_a_weighted_token_the_gradient_is_zero(on_triton):
 def test_all_tokens_may_be_scored():
     inputs, targets, weights = make_inputs(torch.float32, 101, bias=True)
     output = weighted_linear_cross_entropy(*inputs[:2], targets, weights, bias=inputs[2], scored=True)
-    _, _, nll, entropy, _ = reference(inputs, targets, weights, 1, 1.0, None)
-    torch.testing.assert_close([output.nll, output.entropy], [nll.float(), entropy.float()])
+    expected = reference(inputs, targets, weights, 1)
+    torch.testing.assert_close([output.nll, output.entropy], [expected.nll.float(), expected.entropy.float()])
 
 
 def test_evaluation_leaves_the_logits_alone():
     inputs, targets, weights = make_inputs(torch.float32, 101, bias=False)
     with torch.no_grad():
         output = weighted_linear_cross_entropy(*inputs, targets, weights, 3)
-    assert output.loss.item() == pytest.approx(reference(inputs, targets, weights, 3, 1.0, None)[0].item(), rel=1e-6)
+    assert output.loss.item() == pytest.approx(reference(inputs, targets, weights, 3).loss.item(), rel=1e-6)
     logits = torch.randn(TOKENS, 101)
     before = logits.clone()
     nll, entropy, is_top1 = torch.empty(TOKENS), torch.empty(TOKENS), torch.empty(TOKENS, dtype=torch.bool)
@@ -180,10 +170,10 @@ def test_strided_targets():
     strided = torch.stack([targets, targets + 1], dim=1)[:, 0]
     output = weighted_linear_cross_entropy(*inputs, strided, weights, 1, scored=True)
     output.loss.backward()
-    loss, _, nll, _, gradients = reference(inputs, targets, weights, 1, 1.0, None)
-    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    torch.testing.assert_close(output.nll, nll.float())
-    assert relative_error(inputs[1].grad, gradients[1]) < 1e-6
+    expected = reference(inputs, targets, weights, 1)
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    torch.testing.assert_close(output.nll, expected.nll.float())
+    assert relative_error(inputs[1].grad, expected.grad_weight) < 1e-6
 
 
 @pytest.mark.parametrize("target", [-1, -100, 101])
@@ -206,7 +196,7 @@ def test_impossible_tokens_have_neither_entropy_nor_gradient(impossible, monkeyp
     weights[inputs[2][targets].isinf()] = 0
     output = weighted_linear_cross_entropy(*inputs[:2], targets, weights, 1, bias=inputs[2], scored=True)
     output.loss.backward()
-    expected = head_in_float64(inputs, targets, weights)
+    expected = head_without_torch(inputs, targets, weights)
     assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-6)
     assert output.nll.tolist() == pytest.approx(expected["nll"], rel=1e-5)
     assert output.entropy.tolist() == pytest.approx(expected["entropy"], rel=1e-5)
