@@ -70,7 +70,7 @@ def test_a_head_that_is_wrong_is_told(gpu, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "run_job", lambda *args: results.items())
     with pytest.raises(SystemExit, match="wrong on this device"):
         gpu.main()
-    assert "wit_trl in float32: WRONG" in capsys.readouterr().out
+    assert "wit_trl in float32: 1 of 10 right" in capsys.readouterr().out
     assert json.loads((tmp_path / "gpu.json").read_text())["results"]["check, wit_trl"] == results
 
 
@@ -88,6 +88,26 @@ for name in ["a", "crashes", "raises", "b", "hangs", "c"][first:]:
         time.sleep(60)
     print("result:", json.dumps({"case": name, "seconds": 1.0}), flush=True)
 """
+DIES_AT_ITS_END = """
+import json, os, sys
+first, last = (int(sys.argv[sys.argv.index(name) + 1]) for name in ("--first", "--last"))
+print("result:", json.dumps({"cases": ["a", "b"]}), flush=True)
+for name in ["a", "b"][first:last]:
+    print("result:", json.dumps({"case": name, "seconds": 1.0}), flush=True)
+os.abort()
+"""
+
+
+def test_a_process_that_dies_at_its_end_costs_nothing(gpu, monkeypatch, tmp_path):
+    (tmp_path / "worker.py").write_text(DIES_AT_ITS_END)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "worker.py"))
+    results = dict(gpu.run_job([], "contender", "step", time.monotonic() + 60))
+    assert results == {"a": {"seconds": 1.0}, "b": {"seconds": 1.0}}
+
+
+def test_nan_is_not_right(gpu):
+    results = {"case, float32, plain": {"errors": {"loss": 1e-7, "nll": float("nan")}, "is_right": False}}
+    assert [*gpu.summary({"check, wit_trl": results})] == ["wit_trl in float32: 0 of 1 right, nan off, 2e-05 allowed"]
 
 
 def test_a_process_that_dies_costs_one_case_and_one_that_hangs_ends_in_time(gpu, monkeypatch, tmp_path):

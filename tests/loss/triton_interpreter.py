@@ -98,6 +98,12 @@ def test_head_equals_float64(dtype, vocab, logit_scale, softcap, bias, count, mo
         check(inputs, targets, weights, logit_scale, softcap, grad=1.0 if frozen is None else 3.0)
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 4])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_hardly_a_vocabulary(dtype, vocab):
+    check(*make_inputs(dtype, vocab, bias=False), 1.0, None)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_factors_of_tokens(dtype, softcap):

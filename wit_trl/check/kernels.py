@@ -83,13 +83,14 @@ def head_errors(
     expected = head_in_float64(*inputs, targets, token_weights, case.logit_scale, case.softcap, factors)
     params = HeadParams(targets, token_weights, scored, case.logit_scale, case.softcap, factors)
     rows = -(-int(scored.sum()) // case.chunks)
-    with patch.object(one_pass, "_chunk_rows", lambda *_: (rows, rows)), torch.set_grad_enabled(not case.evaluation):
+    with (
+        patch.object(one_pass, "_chunk_rows", lambda *_: (rows + 3, rows)),
+        torch.set_grad_enabled(not case.evaluation),
+    ):
         loss, scores = kernel(*inputs, params)
-    pairs = {
-        "loss": (loss, expected.loss),
-        "nll": (scores.nll[scored], expected.nll[scored]),
-        "entropy": (scores.entropy[scored], expected.entropy[scored]),
-    }
+    pairs = {"loss": (loss, expected.loss)}
+    for name in ("nll", "entropy"):
+        pairs[name] = (getattr(scores, name)[scored], getattr(expected, name)[scored.to(expected.nll.device)])
     if not case.evaluation:
         # In float16 as with a GradScaler, since a gradient below 6e-8 is none
         loss_scale = case.loss_scale * (2.0**14 if dtype == torch.float16 else 1.0)
@@ -100,7 +101,11 @@ def head_errors(
             "gradient of bias": (bias.grad, expected.grad_bias),
         }
         pairs |= {name: (x, loss_scale * y) for name, (x, y) in gradients.items() if x is not None}
-    errors = {name: (torch.linalg.norm(a.double() - b) / torch.linalg.norm(b)).item() for name, (a, b) in pairs.items()}
+    errors = {
+        name: (torch.linalg.norm(a.to(b.device).double() - b) / torch.linalg.norm(b)).item()
+        for name, (a, b) in pairs.items()
+    }
     if dtype == torch.float32:
-        errors["top-1"] = (scores.is_top1 != (expected.is_top1 & scored)).sum().item()
+        is_top1 = expected.is_top1.to(scored.device) & scored
+        errors["top-1"] = (scores.is_top1 != is_top1).sum().item()
     return errors

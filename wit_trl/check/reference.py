@@ -31,8 +31,12 @@ def head_in_float64(
     token_factors: TokenFactors | None = None,
 ) -> HeadInFloat64:
     """Arguments as in [`weighted_linear_cross_entropy`], whose `num_items_in_batch` is 1 here."""
+    if hidden_states.device.type not in ("cpu", "cuda"):  # some others have no float64
+        hidden_states, weight, targets, token_weights = (
+            x.cpu() for x in (hidden_states, weight, targets, token_weights)
+        )
     hidden_states, weight = hidden_states.double(), weight.double()
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.to(weight)
     nll, entropy = hidden_states.new_empty(2, len(targets))
     is_top1 = torch.empty_like(targets, dtype=torch.bool)
     loss = weight.new_zeros(())

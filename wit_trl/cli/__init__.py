@@ -18,8 +18,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `wit-trl`. `args` are the arguments after it, by default those of the process."""
     if args is None:
         args = sys.argv[1:]
-        # The training runs in other processes. PEFT takes seconds to import, and bitsandbytes says something each time
-        sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
+        # A training runs in other processes. PEFT takes seconds to import, and bitsandbytes says something each time
+        if args[:1] != ["check"]:  # which trains in this one
+            sys.modules.setdefault("peft", None)  # type: ignore[arg-type]
     parser = argparse.ArgumentParser(
         prog="wit-trl", description="Weighted Instruction Tuning for TRL.", allow_abbrev=False
     )

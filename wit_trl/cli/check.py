@@ -1,5 +1,6 @@
 """`wit-trl check`: is the loss right on this machine, and which head is the faster one."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ def main(args: Sequence[str]) -> None:
             raise ValueError(
                 f"{flags.launch_on_line[0]} is a flag of the launcher, but `wit-trl check` uses one process."
             )
+        # Else `Trainer` would divide a batch among all devices
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         given, arguments = flags.make(CheckArguments), flags.check()
         from .checking import check  # imports the trainer, for which `-h` does not wait
 

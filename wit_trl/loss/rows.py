@@ -15,6 +15,7 @@ _COLUMNS = 8192  # that a program holds at a time
 _NUM_WARPS = 16
 _LOG2_E = math.log2(math.e)
 _LN_2 = tl.constexpr(math.log(2))
+_NAN = tl.constexpr(tl.PropagateNan.ALL)  # else a model that has diverged would have a loss
 
 
 def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_gradient: bool) -> None:
@@ -25,6 +26,7 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
     """
     maximum, normaliser = torch.empty_like(scores.nll), torch.empty_like(scores.nll)
     scale, softcap, factors = params.logit_scale, params.softcap, params.token_factors
+    group = 16 // logits.element_size()
     launch = functools.partial(
         _score_rows[(len(logits),)],
         *(logits, logits.stride(0), params.targets, params.token_weights, *scores, maximum, normaliser),
@@ -33,8 +35,8 @@ def score(logits: torch.Tensor, params: HeadParams, scores: TokenScores, needs_g
         exponent_scale=_LOG2_E * (scale if softcap is None else 2 * scale / softcap),
         softcap=1.0 if softcap is None else _LOG2_E * softcap,
         HAS_SOFTCAP=softcap is not None,
-        COLUMNS=min(_COLUMNS, triton.next_power_of_2(logits.size(1))),
-        GROUP=16 // logits.element_size(),
+        COLUMNS=max(group, min(_COLUMNS, triton.next_power_of_2(logits.size(1)))),
+        GROUP=group,
         num_warps=_NUM_WARPS,
     )
     with torch.accelerator.device_index(logits.device.index):  # Triton launches on the current device
@@ -66,7 +68,7 @@ def _transform(raw, exponent_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     z = raw.to(tl.float32) * exponent_scale
     slope = 1.0
     if HAS_SOFTCAP:
-        exp = tl.exp2(tl.minimum(z, 100.0))  # e^2x of tanh x = 1 - 2 / (e^2x + 1), where it is not 1 already
+        exp = tl.exp2(tl.minimum(z, 100.0, propagate_nan=_NAN))  # e^2x of tanh x = 1 - 2 / (e^2x + 1), or 1
         reciprocal = 1 / (exp + 1)
         z = softcap * (1 - 2 * reciprocal)
         slope = 4 * exp * reciprocal * reciprocal
@@ -123,7 +125,7 @@ def _score_rows(
             new_maxima = tl.maximum(maxima, of_group)
             shift = maxima - new_maxima
             decay = tl.exp2(shift)
-            z = tl.maximum(z - new_maxima[:, None], -1e3)  # no 0 * inf
+            z = tl.maximum(z - new_maxima[:, None], -1e3, propagate_nan=_NAN)  # no 0 * inf
             exp = tl.exp2(z)
             dots = (dots + shift * sums) * decay + tl.sum(exp * z, 1)
             sums = sums * decay + tl.sum(exp, 1)
