@@ -55,6 +55,15 @@ def test_missing_split_is_named(error, model_folder, jsonl):
     )
 
 
+def test_what_only_the_training_can_refuse_is_one_sentence(error, model_folder, jsonl):
+    rows = [{"input_ids": [5, 900, 6], "completion_mask": [0, 1, 1]}] * 2
+    jsonl.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    message = error(
+        "--model_name_or_path", model_folder, "--dataset_name", jsonl, "--max_steps", 1, "--report_to", "none"
+    )
+    assert message.startswith("error: The batch has the token 900, but `LlamaForCausalLM` has 500 tokens. Tokenize")
+
+
 def test_folder_without_a_model_keeps_its_error(error, jsonl, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "Unrecognized" in error("--model_name_or_path", "empty", "--dataset_name", jsonl)

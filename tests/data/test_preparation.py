@@ -566,6 +566,10 @@ def test_system_column_is_the_first_turn(row, make_model, tokenizer, config_kwar
             r"turn 0 of `messages` \(user\) has \['trainable'\]",
         ),
         (
+            {"messages": [SAID[0], {**SAID[1], "function_call": {"name": "f", "arguments": "{}"}}]},
+            r"turn 1 of `messages` \(assistant\) has `function_call`, .* Make it `tool_calls`",
+        ),
+        (
             {"prompt": SAID[:1], "completion": [{**SAID[1], "loss_mask": 1}]},
             r"turn 0 of `completion` .* \['loss_mask'\]",
         ),
@@ -584,6 +588,7 @@ def test_system_twice_and_keys_of_other_libraries_are_refused(row, error, make_m
     ("row", "ignored"),
     [
         ({"messages": SAID, "history": [["a", "b"]]}, r"\['history'\]"),
+        ({"messages": SAID, "system_prompt": "Be kind.", "functions": "[]"}, r"\['functions', 'system_prompt'\]"),
         ({"prompt": "a", "completion": " b", "system": "c", "tools": "[]"}, r"\['system', 'tools'\]"),
     ],
 )

@@ -17,9 +17,9 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from wit_trl.sweep.arguments import BASELINE, RETENTION_METRIC, TASK_METRIC
-from wit_trl.sweep.report import html_page, plot, show
+from wit_trl.sweep.report import html_page, plot, show, table
 from wit_trl.sweep.results import SweepResults
-from wit_trl.sweep.study import SweepStudy, TrialSettings
+from wit_trl.sweep.study import SweepStudy, TrialSettings, lost_file
 from wit_trl.sweep.worker import time_left
 
 
@@ -328,6 +328,29 @@ def test_table_fits_a_terminal_and_marks_what_was_chosen(make_results):
     shown = console.file.getvalue()
     for metric in ("eval_completion_loss", "eval_other_completion_loss"):
         assert re.search(rf"{metric} +before +[\d.]+\s+0 +3 +[\d.]+\s+0.25 +3 +[\d.]+ +-0.\d+ ± 0.\d+\s", shown)
+
+
+def test_metric_with_brackets_is_shown_as_it_is(make_results, monkeypatch):
+    results = make_results(effect=-2.0)
+    results.benchmarks["eval_[/b]_[a]"] = True
+    monkeypatch.setattr(SweepResults, "mean", lambda *args: 0.5)
+    monkeypatch.setattr(SweepResults, "difference", lambda *args: None)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table(results))
+    assert "eval_[/b]_[a]" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("lost", ["result.json", "shown_prompts.json", "answers.parquet", "retention_rows.parquet"])
+def test_a_base_that_lost_a_file_is_noticed(lost, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("result.json", "shown_prompts.json"):
+        (base / name).write_text("{}")
+    for name in ("answers.parquet", "retention_rows.parquet"):
+        Dataset.from_dict({"a": [1]}).to_parquet(base / name)
+    assert lost_file(base) is None
+    (base / lost).write_text("")
+    assert lost_file(base) == base / lost
 
 
 def test_time_left_is_that_of_the_rounds_to_come(study):

@@ -145,22 +145,22 @@ def time_heads(device: str, hidden_size: int, vocabulary: int) -> dict[str, floa
         logits.t() @ kept
 
     calls: dict[str, Callable[[], None]] = {"products": products}
+    # Elsewhere than on CPUs, TRL's forward selects the rows that have a label, whichever kernel runs
+    rows = slice(None) if device == "cpu" else index
     for name in KERNELS:
-        # Elsewhere than on CPUs, TRL's forward selects the rows that have a label, whichever kernel runs
-        rows = slice(None) if device == "cpu" else index
 
-        def call(name=name, rows=rows):
+        def call(name: str = name) -> None:
             inputs = (hidden_states[rows], weight, targets[rows], token_weights[rows])
             weighted_linear_cross_entropy(*inputs, fused_head=name).loss.backward()
             hidden_states.grad = weight.grad = None
 
         calls[name] = call
     found = {}
-    for name, call in calls.items():
+    for name, timed in calls.items():
         hidden_states.requires_grad_(name != "products")
         weight.requires_grad_(name != "products")
         try:
-            found[name] = measured(call, device, repeats)["seconds"]
+            found[name] = measured(timed, device, repeats)["seconds"]
         except Exception:  # as in `_run`; a kernel that fails is told there
             found[name] = math.inf
     return found

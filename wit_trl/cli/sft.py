@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -155,6 +156,12 @@ def main(args: Sequence[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except ValueError as error:
+        # A refusal of this package, which only the training could tell; all else keeps its traceback
+        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parents[1]):
+            raise
+        with errors_in_one_sentence(debug):
+            raise
     trainer.save_model()
     report(trainer, arguments.script.dataset_test_split)
     if flags.is_embedded and not trainer.is_fsdp_enabled:  # the model is whole

@@ -83,6 +83,11 @@ def check_messages(messages: Any, column: str) -> Messages:
                 )
         for text in message_texts(message):
             check_unicode(text, name)
+        if message.get("function_call"):
+            raise ValueError(
+                f"{name} has `function_call`, the older form of a tool call, which templates leave out. Make it "
+                "`tool_calls`, a list of `{'type': 'function', 'function': function_call}`."
+            )
         if found := sorted(key for key in _LOSS_KEYS & message.keys() if message[key] is not None):
             raise ValueError(
                 f"{name} has {found}, by which other libraries leave a turn out of the loss. It has no effect here. "

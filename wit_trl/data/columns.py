@@ -55,7 +55,7 @@ def warn_of_ignored_columns(columns: set[str], unread: set[str], name: str) -> N
             f"The {name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number for the row, or to "
             "`token_weights`, one for each token of `input_ids`."
         )
-    if ignored := sorted(columns & {"history", *unread}):
+    if ignored := sorted(columns & {"history", "system_prompt", "functions", "documents", *unread}):
         logger.warning(
             f"The {name} dataset has {ignored}, which is ignored. Make turns of it in `messages`, which may stand "
             "beside `system` and `tools`, or remove it."

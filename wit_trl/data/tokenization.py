@@ -19,6 +19,7 @@ from ..config import WITSFTConfig
 from ..conversation.chat_template import check_marks, chosen_chat_template, training_chat_template
 from ..conversation.messages import check_answer, check_unicode, read_messages
 from ..conversation.template_memory import TemplateMemory
+from ..conversation.tool_calls import read_tools
 from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
 from ..weights import NO_PROMPT_MESSAGE, StructureWeights
@@ -96,7 +97,7 @@ class RowTokenizer:
         (column,) = self.columns
         messages = read_messages(row, column)
         check_answer(messages, column)
-        template = self.tool_template if row.get("tools") and self.tool_template else self.chat_template
+        template = self.tool_template if self.tool_template and read_tools(row.get("tools")) else self.chat_template
         return Conversation(messages, self.processing_class, template, row, self._memory)
 
     def _tokenize_pairs(self, rows: list[Row]) -> list[TokenizedRow]:

@@ -23,7 +23,7 @@ def table(results: SweepResults) -> Table:
     for metric in dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics, *results.benchmarks]):
         rows.add_section()
         before = results.base_metrics.get(metric)
-        rows.add_row(metric, "before", "", "" if before is None else f"{before:.3f}", "")
+        rows.add_row(Text(metric), "before", "", "" if before is None else f"{before:.3f}", "")
         for pair in results.pairs:
             found = results.difference(pair, metric)
             difference = "" if found is None else str(found)

@@ -50,7 +50,12 @@ class TrialSettings:
 def lost_file(folder: Path) -> Path | None:
     """Returns a file of a trial that is done, or of the base, which is missing or cut off."""
     of_rows = (folder / file.name for file in (folder.parent / "base").glob("*rows.parquet"))
-    for file in (folder / "result.json", *of_rows):
+    files = [folder / "result.json", *of_rows]
+    if folder.name == "base":  # which the trials read
+        files.append(folder / "shown_prompts.json")
+        if (folder / "retention_rows.parquet").exists():
+            files.append(folder / "answers.parquet")
+    for file in files:
         try:
             json.loads(file.read_text()) if file.suffix == ".json" else pq.read_metadata(file)
         except (OSError, ValueError):
