@@ -48,6 +48,11 @@ def test_name_of_a_file_or_folder_is_no_pattern(name, streaming):
     assert list(loaded) == (["train", "test"] if name == "dir [v1]" else ["train"])
 
 
+def test_rows_are_held_out_of_one_data_set_as_of_a_mixture():
+    loaded = load_data(ScriptArguments("rows[12].jsonl"), DatasetMixtureConfig(test_split_size=0.5))
+    assert {split: list(rows) for split, rows in loaded.items()} == {"train": RIGHT[:1], "test": RIGHT[:1]}
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -95,7 +100,7 @@ def test_other_forms_of_a_data_set(name, mixture, folder):
         ("a.jsonl", b'{"a": 1}\n{"a" 2}\n', "a.jsonl, line 2: this is not JSON (Expecting ':' delimiter, column 6)."),
         ("a.json", b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', "a.json, line 3: this is not JSON (Expecting ',' delimiter"),
         ("a.jsonl", b'{"a": 1}\n{"a": 2,\n{"a": 3}\n', "a.jsonl, line 2: this is not JSON ("),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a" 2}\n'), "a.jsonl.gz, line 2: this is not JSON ("),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a" 2}\n', mtime=0), "a.jsonl.gz, line 2: this is not JSON ("),
         ("a.jsonl", b"", "There is no file a.jsonl, or it is empty."),
     ],
 )

@@ -66,11 +66,14 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
     if a file is missing, of another kind, or broken.
     """
     with errors_of_data(script_args, dataset_args):
-        if not dataset_args.datasets:
-            data = _as_named(DatasetConfig(script_args.dataset_name, script_args.dataset_config))
-            streaming = script_args.dataset_streaming
-            return load_dataset(data.path, data.name, data_files=data.data_files, streaming=streaming)
-        named = replace(dataset_args, datasets=[_as_named(part) for part in dataset_args.datasets])
+        parts, streaming = dataset_args.datasets, dataset_args.streaming
+        if not parts:
+            split, streaming = script_args.dataset_train_split, script_args.dataset_streaming
+            parts = [DatasetConfig(script_args.dataset_name, script_args.dataset_config, split=split)]
+            if dataset_args.test_split_size is None:
+                data = _as_named(parts[0])
+                return load_dataset(data.path, data.name, data_files=data.data_files, streaming=streaming)
+        named = replace(dataset_args, datasets=[_as_named(part) for part in parts], streaming=streaming)
         # TRL splits a mixture with numpy's global generator. Its state must be the same in each process
         state = np.random.get_state()
         np.random.seed(0)
@@ -158,7 +161,8 @@ def select_splits(
         if split not in dataset:
             raise ValueError(
                 f"The data set has no split {split!r}, only {list(dataset)}. Choose with --dataset_train_split and "
-                "--dataset_test_split, or turn evaluation off with --eval_strategy no."
+                "--dataset_test_split, hold rows out with --test_split_size 0.1, or turn evaluation off with "
+                "--eval_strategy no."
             )
         conversational = True if args.chat_template_path else None
         selected[split] = to_trl_format(dataset[split], processing_class, conversational, args.dataset_text_field)
