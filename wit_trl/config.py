@@ -14,14 +14,20 @@ from trl import SFTConfig
 
 from .loss.params import FUSED_HEADS
 from .loss.token_factors import TOKEN_FACTORS
-from .weights import WEIGHT_RANGE, StructureWeights, is_weight
+from .weights import COMPLETION_TURNS, SPANS, WEIGHT_RANGE, StructureWeights, check_pattern, is_weight
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What decides about the weights of tokens, besides the data. A collator has the fields that it needs
-STRUCTURE_SETTINGS = ("role_loss_weights", "chat_template_loss_weight", "completion_turns")
+STRUCTURE_SETTINGS = (
+    "role_loss_weights",
+    "span_loss_weights",
+    "regex_loss_weights",
+    "chat_template_loss_weight",
+    "completion_turns",
+)
 WEIGHT_SETTINGS = ("prompt_loss_weight", "completion_loss_weight", *STRUCTURE_SETTINGS)
 # What decides about the loss of a row, besides the data
 LOSS_SETTINGS = (*WEIGHT_SETTINGS, "loss_type", "loss_divisor")
@@ -51,12 +57,21 @@ class WITSFTConfig(SFTConfig):
             Factor for the weight of all tokens of a role, such as `{"system": 0, "tool": 0.5}`. The schemas of `tools`,
             and all else that the chat template writes because of them, belong to the role `"tools"`. Other roles have
             the factor 1.
+        span_loss_weights (`dict[str, float]`, *optional*):
+            Factors for what lies inside the assistant's turns, in prompt and completion alike: `"thinking"` (with its
+            tags), `"tool_calls"` (with theirs), `"answer"` (the rest of what is said) and `"end_of_turn"` (the tokens
+            that end the turn). Others have the factor 1. The losses of these spans are logged, too.
+        regex_loss_weights (`dict[str, float]`, *optional*):
+            Factors for what patterns of [`re`](https://docs.python.org/3/library/re.html) match in the contents of the
+            completion, such as `{"\\boxed\{.*?\}": 3.0}`. Those of several patterns multiply.
         chat_template_loss_weight (`float`, *optional*, defaults to `1.0`):
             Factor for the weight of the prompt tokens that the chat template writes itself: headers, separators, the
             end-of-turn token of a turn that is not the assistant's, a default system prompt. 0 leaves them out, as
             Instruction Modelling does ([paper](https://huggingface.co/papers/2405.14394)).
         completion_turns (`str`, *optional*, defaults to `"all"`):
-            Which of the assistant's turns are completion: `"all"`, or `"last"`, before which all is prompt.
+            Which of the assistant's turns are completion: `"all"`; `"last"`, before which all is prompt; or
+            `"last_round"`, all of them after the last turn of the user, so that the calls of an agent's last round
+            stay. A row may have a column of this name, and `"completion": False` in a message makes it prompt.
         loss_type (`str`, *optional*, defaults to `"nll"`):
             Factor for the loss of each token in training: none (`"nll"`, or `"wit"`, another name of it), or its own
             probability, without gradient (`"dft"`, Dynamic Fine-Tuning,
@@ -77,22 +92,33 @@ class WITSFTConfig(SFTConfig):
 
     Raises:
         `ValueError`: a weight is negative or not finite; both are zero; `completion_only_loss` contradicts them (`True`
-        needs a prompt weight of 0, `False` two equal weights); a choice is none of those above;
+        needs a prompt weight of 0, `False` two equal weights); a choice is none of those above; a pattern is wrong;
         `label_smoothing_factor` is not 0; `dataset_text_field` is a column that makes another type of data set; several
         processes were launched without a device for each.
     """
 
-    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "role_loss_weights"]
+    _VALID_DICT_FIELDS: ClassVar = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "role_loss_weights",
+        "span_loss_weights",
+        "regex_loss_weights",
+    ]
 
     prompt_loss_weight: float = _setting(0.2, "Weight of a prompt token (the paper's λp, advised range 0 to 0.5).")
     completion_loss_weight: float = _setting(0.8, "Weight of a completion token (its λr, advised range 0.5 to 1).")
     role_loss_weights: dict[str, float] | str | None = field(
         default=None, metadata={"help": 'Factor for the tokens of a role, such as \'{"system": 0, "tool": 0.5}\'.'}
     )
+    span_loss_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Factor for spans of the assistant's turns, such as '{\"thinking\": 0.5}'."}
+    )
+    regex_loss_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Factor for what a pattern matches in the completion, as JSON."}
+    )
     chat_template_loss_weight: float = _setting(
         1.0, "Factor for the weight of the prompt tokens that the chat template writes itself."
     )
-    completion_turns: str = _setting("all", "Which turns of the assistant are completion.", ["all", "last"])
+    completion_turns: str = _setting("all", "Which turns of the assistant are completion.", [*COMPLETION_TURNS])
     loss_type: str = _setting(
         "nll",
         "Factor for the loss of each token in training: none (nll, wit), or its own probability (dft).",
@@ -118,11 +144,13 @@ class WITSFTConfig(SFTConfig):
             )
         for name in ("prompt_loss_weight", "completion_loss_weight", "chat_template_loss_weight"):
             setattr(self, name, _check_loss_weight(getattr(self, name), f"`{name}`"))
-        roles: Any = self.role_loss_weights or {}
-        if not isinstance(roles, dict) or not all(isinstance(role, str) for role in roles):
-            raise ValueError(f"`role_loss_weights` is {roles!r}, but must be a dict of roles with their weights.")
-        roles = {role: _check_loss_weight(weight, f"`role_loss_weights[{role!r}]`") for role, weight in roles.items()}
-        self.role_loss_weights = roles or None
+        of_what = {"role_loss_weights": "roles", "span_loss_weights": "spans", "regex_loss_weights": "patterns"}
+        for name, what in of_what.items():
+            setattr(self, name, _check_loss_weights(getattr(self, name) or {}, name, what) or None)
+        if unknown := sorted({*(self.span_loss_weights or {})} - {*SPANS[1:]}):
+            raise ValueError(f"`span_loss_weights` names {unknown}, but the spans are {[*SPANS[1:]]}.")
+        for pattern in self.regex_loss_weights or {}:
+            check_pattern(pattern)
         for name in ("completion_turns", "loss_type", "loss_divisor", "fused_head"):
             value, choices = getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"]
             if value not in choices:
@@ -159,9 +187,8 @@ class WITSFTConfig(SFTConfig):
 
     @property
     def structure_weights(self) -> StructureWeights:
-        """What roles and the chat template's own tokens weigh, and which turns are completion."""
-        roles: Any = self.role_loss_weights  # parsed, if it was a text
-        return StructureWeights(roles or {}, self.chat_template_loss_weight, self.completion_turns)
+        """What the structure of a conversation says of the weights of its tokens."""
+        return StructureWeights.of(self)
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -201,6 +228,12 @@ class WITSFTConfig(SFTConfig):
                 "`WITSFTConfig`."
             )
         return cls(**fields)
+
+
+def _check_loss_weights(weights: Any, name: str, what: str) -> dict[str, float]:
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise ValueError(f"`{name}` is {weights!r}, but must be a dict of {what} with their weights.")
+    return {key: _check_loss_weight(weight, f"`{name}[{key!r}]`") for key, weight in weights.items()}
 
 
 def _check_loss_weight(weight: Any, name: str) -> float:

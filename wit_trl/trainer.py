@@ -15,6 +15,7 @@ from .config import WITSFTConfig
 from .data.collator import DataCollatorForWIT, check_weights, weight_settings
 from .data.columns import MESSAGE_COLUMNS, check_train_dataset
 from .data.preparation import DataPreparation
+from .data.prepared_rows import SPANS_COLUMN
 from .data.training_rows import TrainingRows, check_image_rows, prepare_rows
 from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
 from .loss.lm_head import check_logits, prepare_lm_head, weighted_forward
@@ -22,7 +23,7 @@ from .loss.token_factors import TOKEN_FACTORS, NamedFactors
 from .report.weight_report import WeightReport, print_report, weigh
 from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
 from .training.evaluation import EvaluationMixin, set_for_now
-from .training.metrics import EvaluationSums, TrainingSums, token_terms
+from .training.metrics import TERMS, TERMS_OF_SPANS, EvaluationSums, TrainingSums, token_terms
 from .training.model_card import PAPER, complete_card
 from .training.parallelism import PACKED_MESSAGE, ParallelMixin
 from .weights import MASK_COLUMNS, pop_weights
@@ -128,8 +129,9 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         prepare_lm_head(self.model)
         # The labels count the divisor for every model, also where its own forward takes no `num_items_in_batch`
         self.model_accepts_loss_kwargs = True
-        self._train_sums = TrainingSums(self.args.device)
-        self._eval_sums = EvaluationSums(self.accelerator, self.args.loss_divisor)
+        self.terms = [*TERMS, *(TERMS_OF_SPANS if self.args.span_loss_weights else ())]  # of the metrics
+        self._train_sums = TrainingSums(self.args.device, self.terms)
+        self._eval_sums = EvaluationSums(self.accelerator, self.args.loss_divisor, self.terms)
         self.add_callback(LossWeightsCallback)
         self.add_callback(self._train_sums)
 
@@ -173,26 +175,28 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         """
         self.check_settings()
         dataset, weights = self.train_dataset, (self.args.prompt_loss_weight, self.args.completion_loss_weight)
-        settings: dict[str, Any] = {"structure": self.args.structure_weights, "loss_divisor": self.args.loss_divisor}
+        structure = self.args.structure_weights
+        settings: dict[str, Any] = {"loss_divisor": self.args.loss_divisor}
         if factors := self._factors_in_use():
             settings["token_factors"] = factors.meaning
         if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
             rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
             partial = not isinstance(dataset, Dataset) or len(rows) < len(dataset)
-            return replace(weigh(rows, weights, partial=partial), **settings)
+            return replace(weigh(rows, weights, partial=partial, structure=structure), **settings)
         if not isinstance(self.data_collator, DataCollatorForWIT):
             raise ValueError("The data collator is another one than `DataCollatorForWIT`, which may weigh otherwise.")
         known = self._training_rows
         if known is None or dataset is not known.dataset:  # it was replaced, or its preparation was skipped
             known = TrainingRows(dataset)
-        return replace(weigh(dataset, weights, known.lengths), dropped=known.dropped, **settings)
+        report = weigh(dataset, weights, known.lengths, structure=structure)
+        return replace(report, dropped=known.dropped, **settings)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # collated as it is; and TRL would remove the text
             columns = [self.args.dataset_text_field, "weight"]
         else:
-            columns = [*MASK_COLUMNS, "attention_mask", "token_weights", "weight"]
+            columns = [*MASK_COLUMNS, "attention_mask", "token_weights", SPANS_COLUMN, "weight"]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:
@@ -221,7 +225,7 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         example_lengths = inputs.pop("example_lengths", None)
         if example_lengths is not None and self.splits_sequences():
             raise ValueError(PACKED_MESSAGE)
-        token_weights, completion_mask = pop_weights(inputs)
+        token_weights, completion_mask, spans = pop_weights(inputs)
 
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
@@ -240,7 +244,8 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) / steps
         device = outputs.log_probs.device
         first = completion_mask.size(1) - outputs.log_probs.size(1)  # the first target
-        terms = token_terms(outputs, token_weights[:, first:].to(device), completion_mask[:, first:].to(device))
+        of_tokens = (x[:, first:].to(device) for x in (token_weights, completion_mask, spans))
+        terms = token_terms(outputs, *of_tokens, self.terms)
         if self.model.training:
             loss = self.scale_gradient(loss)
             num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()

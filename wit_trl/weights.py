@@ -3,10 +3,13 @@ What a token weighs. It follows from its region (prompt or completion), the weig
 them come `token_weights`, which scale the numerator of the loss, and `labels`, which count its divisor.
 """
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import regex
 import torch
 
 
@@ -15,8 +18,8 @@ NO_PROMPT_MESSAGE = (
     "prompt/completion or `messages` columns to use both weights."
 )
 NO_CONVERSATION_MESSAGE = (
-    "`role_loss_weights`, `chat_template_loss_weight` and `completion_turns` mean nothing in data that holds no "
-    "conversations. Leave them unset, or pass messages."
+    "`role_loss_weights`, `span_loss_weights`, `chat_template_loss_weight` and `completion_turns` mean nothing in data "
+    "that holds no conversations. Leave them unset, or pass messages."
 )
 # The columns of tokenized data that tell prompt and completion apart
 MASK_COLUMNS = ("labels", "completion_mask", "assistant_masks")
@@ -24,6 +27,12 @@ MASK_COLUMNS = ("labels", "completion_mask", "assistant_masks")
 _SMALLEST, _LARGEST = 1e-12, 1e38
 WEIGHT_RANGE = f"a weight must be a finite number (no text) that is not negative: 0, or {_SMALLEST} to {_LARGEST}."
 REGIONS = {0: "prompt", 1: "completion", -100: "never a target"}
+# What lies inside the assistant's turns. The code of a token (`"token_spans"`) is the number of its span here, 0 for a
+# token in none, such as that of a header; and from the bit `PATTERN_BIT` on, a bit for each pattern that it matches
+SPANS = ("", "thinking", "tool_calls", "answer", "end_of_turn")
+PATTERN_BIT = 3
+compile_pattern = functools.cache(regex.compile)
+COMPLETION_TURNS = ("all", "last", "last_round")
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,37 @@ class StructureWeights:
 
     role_loss_weights: dict[str, float] = field(default_factory=dict)  # of the tokens of a role, 1 for other roles
     chat_template_loss_weight: float = 1.0  # of the prompt tokens that the chat template writes itself
-    completion_turns: str = "all"  # which of the assistant's turns are completion: "all" or "last"
+    completion_turns: str = "all"  # which of the assistant's turns are completion: one of `COMPLETION_TURNS`
+    span_loss_weights: dict[str, float] = field(default_factory=dict)  # of `SPANS`, 1 for others
+    regex_loss_weights: dict[str, float] = field(default_factory=dict)  # of what a pattern matches in the completion
+
+    @classmethod
+    def of(cls, settings: Any) -> "StructureWeights":
+        """Returns those of what has them as attributes, of which a dict may be `None`."""
+        given = {each.name: getattr(settings, each.name) for each in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether the span of each token is noted."""
+        return bool(self.span_loss_weights or self.regex_loss_weights)
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """The names of the spans that are noted."""
+        return SPANS[1:] if self.span_loss_weights else ()
+
+    def tokens_of_spans(self, codes: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields each span and pattern that is noted, and which of the tokens with these codes are part of it."""
+        for name in self.spans:
+            yield name, codes % 2**PATTERN_BIT == SPANS.index(name)
+        for bit, pattern in enumerate(self.regex_loss_weights, start=PATTERN_BIT):
+            yield pattern, codes >> bit & 1 == 1
+
+    @property
+    def of_conversations(self) -> bool:
+        """Whether it says something that only a conversation has."""
+        return self != StructureWeights(regex_loss_weights=self.regex_loss_weights)
 
 
 def token_regions(example: dict[str, Any]) -> np.ndarray:
@@ -104,6 +143,14 @@ def token_weights(example: dict[str, Any]) -> torch.Tensor:
     return weights * check_weight(example.get("weight"), "`weight`")
 
 
+def check_pattern(pattern: str) -> None:
+    """Raises `ValueError` for what is no pattern."""
+    try:
+        compile_pattern(pattern)
+    except regex.error as error:
+        raise ValueError(f"`regex_loss_weights` has {pattern!r}, which is no pattern: {error}.") from error
+
+
 def is_weight(value: Any) -> bool:
     return value == 0 or _SMALLEST <= value <= _LARGEST
 
@@ -142,10 +189,10 @@ def set_targets(
     batch["labels"] = batch["input_ids"].masked_fill(weights == 0, -100)
 
 
-def pop_weights(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def pop_weights(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Takes `"token_weights"` and `"completion_mask"` out of a batch and returns them. Raises `ValueError` if one of them
-    is missing, or the labels are.
+    Takes `"token_weights"`, `"completion_mask"` and `"token_spans"` out of a batch and returns them. Raises
+    `ValueError` if one of the first two is missing, or the labels are. Without spans, no token is in one.
     """
     needed = {"token_weights", "completion_mask", "shift_labels" if "shift_labels" in batch else "labels"}
     if missing := needed - {name for name, value in batch.items() if value is not None}:
@@ -153,4 +200,5 @@ def pop_weights(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
             f"The data collator returned no {sorted(missing)}. Use `wit_trl.DataCollatorForWIT` (the default), or "
             "return all that it does."
         )
-    return batch.pop("token_weights"), batch.pop("completion_mask")
+    completion_mask = batch.pop("completion_mask")
+    return batch.pop("token_weights"), completion_mask, batch.pop("token_spans", torch.zeros_like(completion_mask))

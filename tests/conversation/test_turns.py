@@ -193,14 +193,23 @@ def test_template_that_leaves_out_tool_calls_is_refused(name, render):
         render(name, CALLS, tools=TOOLS)
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "llama3", "lfm2", "qwen3_training"])
-def test_template_that_leaves_out_content_is_refused(name, template_tokenizer):
-    content = "text" if name == "smolvlm" else [{"type": "text", "text": "text"}]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-    with pytest.raises(
-        ValueError, match=r"leaves out turn 0 \(user\), which ends in 'text'|prints a `content` of several parts"
-    ):
-        Conversation(messages, template_tokenizer, TEMPLATES[name], {})
+def test_template_that_leaves_out_content_is_refused(template_tokenizer):
+    messages = [{"role": "user", "content": "text"}, {"role": "assistant", "content": "text"}]
+    with pytest.raises(ValueError, match=r"leaves out turn 0 \(user\), which ends in 'text'"):
+        Conversation(messages, template_tokenizer, TEMPLATES["smolvlm"], {})
+
+
+@pytest.mark.parametrize("name", ["llama3", "lfm2", "qwen3_training"])
+def test_texts_of_a_content_are_joined_where_a_template_writes_one(name, template_tokenizer):
+    def conversation(*contents):
+        roles = itertools.cycle(["user", "assistant"])
+        messages = [{"role": next(roles), "content": content} for content in contents]
+        return Conversation(messages, template_tokenizer, TEMPLATES[name], {})
+
+    parts = [{"type": "text", "text": "Some "}, {"type": "text", "text": "text."}]
+    assert conversation("Hi", parts).text == conversation("Hi", "Some text.").text
+    with pytest.raises(ValueError, match="prints a `content` of several parts|cannot render|leaves out turn 1"):
+        conversation("Hi", [*parts, {"type": "image"}])
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def byte_tokenizer(request):
 
 def show_row(trainer, row):
     weights = (trainer.args.prompt_loss_weight, trainer.args.completion_loss_weight)
-    return inspection.show_row(row, trainer.processing_class, weights)
+    return inspection.show_row(row, trainer.processing_class, weights, trainer.args.structure_weights)
 
 
 def unmarked(text):

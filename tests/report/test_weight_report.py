@@ -161,7 +161,9 @@ def with_weights(*masks):
 
 
 def test_table():
-    lengths = RowLengths(*map(np.array, ([5, 2], [5, 2], *[[True, False]] * 2, [4, 0], [True, False], [False, False])))
+    lengths = RowLengths(
+        *map(np.array, ([5, 2], [5, 2], *[[True, False]] * 2, [4, 0], [True, False], [False, False], [1, 0]))
+    )
     cut = with_weights([0] * 5, [0, 0, 1, 1])
     lines = [line.split() for line in text_of(replace(weigh(cut, (0.25, 0.5), lengths), dropped=0)).splitlines()]
     for line in (

@@ -81,6 +81,7 @@ def check_messages(messages: Any, column: str) -> Messages:
                     f"{name} has the part {part!r}. Write a part as `{{'type': 'text', 'text': ...}}` or "
                     "`{'type': 'image'}`."
                 )
+            check_weight(part.get("weight"), f"the `weight` of a part of {name}")
         for text in message_texts(message):
             check_unicode(text, name)
         if message.get("function_call"):
@@ -94,6 +95,11 @@ def check_messages(messages: Any, column: str) -> Messages:
                 "Rename it to `weight`: 0 leaves a turn out, 1 trains it."
             )
         check_weight(message.get("weight"), f"the `weight` of turn {turn} of `{column}`")
+        if not isinstance(message.get("completion"), bool | None):
+            raise ValueError(
+                f"{name} has the `completion` {message['completion']!r}, but it must be true, or false for a turn that "
+                "is prompt."
+            )
     return messages
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .chat_template import ProcessingClass, tokenizer_of
+from .parts import thinking_in
 from .token_positions import Tokens
 
 
@@ -17,12 +18,24 @@ class Turn:
     ends_in_next: bool | None = None  # whether the turn before ends in the token that follows it
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What a template writes around the thinking and the text of an answer, as far as this does not depend on calls."""
+
+    before_thinking: str | None  # `None` where it leaves thinking out
+    after_thinking: str  # up to what precedes the text of an answer without thinking
+    before_text: str  # of an answer without thinking
+    after_text: str
+
+
 @dataclass
 class Known:
     """What is known of a template that gets the same arguments."""
 
     written: dict[tuple, str] = field(default_factory=dict)  # before, between and after contents
     turns: dict[tuple, Turn] = field(default_factory=dict)
+    frames: dict[tuple, Frame] = field(default_factory=dict)
+    takes_parts: bool | None = None  # whether it writes a content of several parts
     complete: set[tuple] = field(default_factory=set)  # kinds of parts of messages that it does not leave out
 
 
@@ -47,7 +60,11 @@ def kind_of(message: dict[str, Any]) -> tuple:
     content = message.get("content")
     if isinstance(content, list):
         shape: Any = tuple(part["type"] if part["type"] != "text" else bool(part["text"].strip()) for part in content)
+    elif found := thinking_in(content):
+        shape = tuple(bool(text.strip()) for text in found.groups())
     else:
         shape = bool(content and content.strip())
-    others = sorted(key for key, value in message.items() if value and key not in ("role", "content", "weight"))
+    others = sorted(
+        key for key, value in message.items() if value and key not in ("role", "content", "weight", "completion")
+    )
     return message["role"], shape, *others

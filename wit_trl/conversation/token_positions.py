@@ -2,7 +2,7 @@
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,15 @@ class Tokens:
     def added(self, input_ids: list[int]) -> list[int]:
         """Returns the positions of added tokens."""
         return np.flatnonzero(self._is_added[np.minimum(np.asarray(input_ids, int), len(self._is_added) - 1)]).tolist()
+
+
+def token_begins(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """
+    Returns the character with which each token begins, from the offsets that a tokenizer gives. These leave out
+    whitespace at the beginning of some tokens. Tokens that make one character together begin with it.
+    """
+    starts, ends = np.asarray(offsets, int).reshape(-1, 2).T
+    return np.minimum(starts, np.append(0, ends[:-1])) if len(ends) else starts
 
 
 class TokenPositions:
@@ -65,6 +74,25 @@ class TokenPositions:
         """Returns the same, but a token that begins before the character and ends after it counts as before it."""
         position, is_boundary = self._find(character, turns)
         return min(position + (not is_boundary), self.count)
+
+    def first_from(self, character: int, turns: int) -> int:
+        """
+        Returns the position of the first token that begins at a character or after it: a token belongs to what holds
+        its first character. `turns` as in `at`.
+        """
+        if self._begins is None:
+            return self.past(character, turns)
+        return min(int(np.searchsorted(self._begins, character)), self.count)
+
+    @functools.cached_property
+    def _begins(self) -> np.ndarray | None:
+        """The first character of each token. `None` where the tokens are not those of the text: images are more."""
+        tokenizer = self._tokens.tokenizer
+        if not tokenizer.is_fast:
+            return None
+        encoded = tokenizer(self._text, add_special_tokens=False, return_offsets_mapping=True)
+        is_same = encoded["input_ids"][: self.count] == self._input_ids
+        return token_begins(encoded["offset_mapping"]) if is_same else None
 
     def is_added(self, position: int) -> bool:
         """Whether there is an added token at a position."""

@@ -2,22 +2,35 @@
 The one answer to "what is this token": the region and the data weight of each token of a conversation.
 
 1. The regions come from what is marked as completion, or from the assistant's turns where nothing is marked.
-2. `completion_turns="last"` leaves only the last answer in the completion.
-3. Messages, their roles, and who writes a token (a message or the chat template) have weights, which multiply.
+2. `completion_turns` and messages say which of the answers stay in the completion.
+3. Messages, their roles, who writes a token (a message or the chat template), spans of turns, parts of contents and
+   what patterns match have weights, which multiply.
 
 Text rows call `weigh_conversation` as they are prepared, rows with images as their batch is made.
 """
 
 import difflib
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
-from ..weights import StructureWeights
+from ..weights import COMPLETION_TURNS, PATTERN_BIT, SPANS, StructureWeights
 from .messages import message_texts, missing_end
 from .parts import Span
+from .patterns import matches
+from .spans import contents_of, spans_of_turn, weighed_characters
 from .token_positions import TokenPositions
 from .turns import Conversation
+
+
+class Weighed(NamedTuple):
+    """What a token of a conversation is, one entry for each."""
+
+    regions: list[int]  # 1 completion, 0 prompt
+    weights: np.ndarray  # of the data, float32
+    spans: np.ndarray | None = None  # codes of `SPANS` and patterns, int32, if they have weights
+    thinking_left_out: int = 0  # number of turns whose thinking the template does not write
 
 
 def weigh_conversation(
@@ -26,9 +39,9 @@ def weigh_conversation(
     marked: list[int] | None,
     structure: StructureWeights,
     first_answer: int = 0,
-) -> tuple[list[int], np.ndarray]:
+) -> Weighed:
     """
-    Returns the region of each token, 1 completion or 0 prompt, and its data weight, in float32.
+    Returns what each token is, and what it weighs in the data.
 
     `marked` has 1 for each token that is marked as completion, by the chat template or because it follows the prompt,
     else 0. Where nothing marks tokens (`None`), the assistant's turns are the completion. The completion of a
@@ -36,23 +49,94 @@ def weigh_conversation(
 
     Raises:
         `ValueError`: it cannot be told where a turn begins or ends that has a region or a weight of its own, or what
-        the template writes, where this has a weight.
+        the template writes, where this has a weight, or where a span is that has one.
     """
-    only_last = structure.completion_turns == "last"
-    answers = [turn for turn in conversation.answers() if turn >= first_answer]
-    if only_last:
-        answers = answers[-1:]
+    which = conversation.completion_turns or structure.completion_turns
+    of_row = [turn for turn in conversation.answers() if turn >= first_answer]
+    answers = _completion(conversation, of_row, which)
     regions = marked
     if regions is None:
-        regions = conversation.assistant_masks(input_ids, only_last)
-    elif only_last and first_answer < len(conversation.messages) - 1:
-        turn, positions = answers[-1], conversation.positions(input_ids)
+        regions = conversation.assistant_masks(input_ids, answers)
+    elif answers != of_row or (which != "all" and first_answer < len(conversation.messages) - 1):
+        regions = _only(conversation, input_ids, regions, answers, first_answer)
+    weights = _data_weights(conversation, input_ids, regions, structure, answers)
+    if not structure.has_spans and not conversation.part_weights:
+        return Weighed(regions, weights)
+    positions = conversation.positions(input_ids)
+    for start, end, weight in weighed_characters(conversation):
+        weights[positions.first_from(start, 0) : positions.first_from(end, 0)] *= np.float32(weight)
+    if not structure.has_spans:
+        return Weighed(regions, weights)
+    spans, left_out = _spans(conversation, positions, regions, structure, answers)
+    weights *= span_factors(spans, structure)
+    return Weighed(regions, weights, spans, left_out)
+
+
+def span_factors(spans: np.ndarray, structure: StructureWeights) -> np.ndarray:
+    """Returns what multiplies the weight of each token because of its span and of the patterns that it matches."""
+    factors, weights = np.ones(len(spans), np.float32), structure.span_loss_weights | structure.regex_loss_weights
+    for name, in_span in structure.tokens_of_spans(spans):
+        factors[in_span] *= np.float32(weights.get(name, 1))
+    return factors
+
+
+def _completion(conversation: Conversation, answers: list[int], which: str) -> list[int]:
+    """Returns those of the assistant's turns that are completion."""
+    if which not in COMPLETION_TURNS:
+        raise ValueError(f"`completion_turns` is {which!r}, but must be one of {[*COMPLETION_TURNS]}.")
+    if which == "last":
+        answers = answers[-1:]
+    elif which == "last_round":
+        questions = (turn for turn, message in enumerate(conversation.messages) if message["role"] == "user")
+        last_question = max(questions, default=-1)
+        answers = [turn for turn in answers if turn > last_question]
+    return [turn for turn in answers if conversation.messages[turn].get("completion") is not False]
+
+
+def _only(
+    conversation: Conversation, input_ids: list[int], marked: list[int], answers: list[int], first_answer: int
+) -> list[int]:
+    """Returns the marks without those of other turns than these answers."""
+    positions, kept = conversation.positions(input_ids), [0] * len(input_ids)
+    for turn in answers:
         if first_answer:  # the completion has the headers of its turns too
             start, end = conversation.answer(turn, positions)
         else:  # the template tells a header from an answer
             start, end = positions.at(conversation.start_of_turn(turn), turn), conversation.end_of_turn(turn, positions)
-        regions = [region if start <= position < end else 0 for position, region in enumerate(regions)]
-    return regions, _data_weights(conversation, input_ids, regions, structure, answers)
+        kept[start:end] = marked[start:end]
+    return kept
+
+
+def _spans(
+    conversation: Conversation,
+    positions: TokenPositions,
+    regions: list[int],
+    structure: StructureWeights,
+    answers: list[int],
+) -> tuple[np.ndarray, int]:
+    """Returns the code of each token, and the number of turns whose thinking the template leaves out."""
+    codes, left_out = np.zeros(len(regions), np.int32), 0
+    for turn in conversation.answers() if structure.span_loss_weights else ():
+        spans, is_left_out = spans_of_turn(conversation, turn)
+        left_out += is_left_out
+        for name, start, end in spans:
+            last = positions.first_from(end, turn + 1)
+            if name == "end_of_turn":
+                last = conversation.end_of_turn(turn, positions)
+            codes[positions.first_from(start, turn + 1) : last] = SPANS.index(name)
+    if structure.regex_loss_weights:
+        if conversation.contents is None:
+            raise ValueError(
+                "the chat template changes what messages say, so contents cannot be found. Choose another template "
+                "(`chat_template_path`), or leave `regex_loss_weights` unset."
+            )
+        contents = [span for turn in answers for span in contents_of(conversation, turn)]
+        is_completion = np.asarray(regions) == 1
+        for bit, pattern in enumerate(structure.regex_loss_weights, start=PATTERN_BIT):
+            for start, end in matches(pattern, conversation.text, contents):
+                found = slice(positions.first_from(start, 0), positions.first_from(end, 0))
+                codes[found] |= is_completion[found] * np.int32(1 << bit)
+    return codes, left_out
 
 
 def _data_weights(

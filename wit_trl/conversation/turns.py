@@ -19,8 +19,9 @@ from trl.data_utils import prepare_multimodal_messages
 from .._upstream import common_prefix_length, tokenize_messages
 from .chat_template import TOOLS_REMEDY, ProcessingClass
 from .messages import Messages, message_texts, missing_end
-from .parts import Span, find_contents, parts
+from .parts import Span, as_written, find_contents, parts, thinks
 from .template_memory import TemplateMemory, Turn, kind_of
+from .text_parts import join_parts, part_weights, without_weights
 from .token_positions import TokenPositions
 from .tool_calls import calls_of, read_tools, render_calls
 
@@ -56,21 +57,50 @@ class Conversation:
             raise ValueError(f"`chat_template_kwargs` must be a dict, but is {template_kwargs!r}.")
         tools = read_tools(row.get("tools"))
         self.template_kwargs = {"chat_template": chat_template, "tools": tools, **(template_kwargs or {})}
-        self.messages = messages  # `render` reads their number
-        self.messages, self.text = render_calls(messages, self.render)
+        self.completion_turns: str | None = row.get("completion_turns")  # of this row
         self._memory = memory = memory or TemplateMemory(processing_class)
         self._tokens = memory.tokens
         self._known = memory.of(self.template_kwargs)
+        self.messages = messages  # `render` reads their number
+        self.part_weights = {turn: found for turn, m in enumerate(messages) if (found := part_weights(m))}
+        if not isinstance(processing_class, ProcessorMixin):  # which writes parts
+            messages = join_parts(messages, self._known, self.render)
+        self.messages, self.text = render_calls(without_weights(messages), self.render)
+        self.frames = self._known.frames
         self._kinds = [kind_of(message) for message in self.messages]
-        in_parts = isinstance(processing_class, ProcessorMixin)  # for which `render` makes parts
-        in_parts = in_parts or any(isinstance(message.get("content"), list) for message in self.messages)
-        # The characters of each content; `None` where the template changes what messages say
-        self.spans, missing = find_contents(
-            self.text, self.messages, self._kinds, self._known.written, self.render, in_parts
-        )
+        self.without_thinking: set[int] = set()  # turns whose thinking the template leaves out, as far as read
+        self._check_parts()
+        missing = self._find_contents()
+        if self.contents is None and self._read_as_written():
+            missing = self._find_contents()
         for turn in sorted(missing):
             self._check_is_rendered(turn)
-        self._check_parts()
+
+    def _find_contents(self) -> set[int]:
+        """Finds the texts. Returns the turns of which one is not rendered."""
+        lists = (isinstance(message.get("content"), list) for message in self.messages)
+        in_parts = isinstance(self._processing_class, ProcessorMixin) or any(lists)  # `render` makes parts for it
+        # The characters of the texts of each turn; `None` where the template changes what messages say
+        known = self._known.written
+        self.contents, missing = find_contents(self.text, self.messages, self._kinds, known, self.render, in_parts)
+        # From the first to the last of them, (0, 0) if a turn has none
+        self.spans: list[Span] | None = None
+        if self.contents is not None:
+            self.spans = [(texts[0].start, texts[-1].end) if texts else (0, 0) for texts in self.contents]
+        return missing
+
+    def _read_as_written(self) -> bool:
+        """Takes as messages what the template writes of them. Returns whether they are others now."""
+        candidates = (as_written(self.messages, self.text, without_blank) for without_blank in (False, True))
+        messages = next((each for each in candidates if each != self.messages and self._renders_the_same(each)), None)
+        if messages is None:
+            return False
+        pairs = zip(self.messages, messages, strict=True)
+        self.without_thinking |= {turn for turn, (was, now) in enumerate(pairs) if thinks(was) > thinks(now)}
+        self.messages = messages
+        self._kinds = [kind_of(message) for message in messages]
+        vars(self).pop("_around", None)
+        return True
 
     def render(self, messages: Messages, **kwargs: Any) -> str:
         """Returns the text of some of the turns. Raises `ValueError` if the template does."""
@@ -140,11 +170,11 @@ class Conversation:
         )
         return [*zip(before[:-1], after[:0:-1], strict=True)]
 
-    def assistant_masks(self, input_ids: list[int], only_last: bool = False) -> list[int]:
-        """Returns 1 for the tokens of all answers, or of the last one, with their end-of-turn tokens, else 0."""
+    def assistant_masks(self, input_ids: list[int], answers: list[int] | None = None) -> list[int]:
+        """Returns 1 for the tokens of all answers, or of these, with their end-of-turn tokens, else 0."""
         masks = [0] * len(input_ids)
         positions = self.positions(input_ids)
-        for turn in self.answers()[-1:] if only_last else self.answers():
+        for turn in self.answers() if answers is None else answers:
             start, end = self.answer(turn, positions)
             masks[start:end] = [1] * (end - start)
         return masks
@@ -170,7 +200,7 @@ class Conversation:
 
     def answer(self, turn: int, positions: TokenPositions) -> Span:
         """Returns the tokens of an answer, with its end-of-turn tokens."""
-        return positions.at(self._start_of_answer(turn), turn), self.end_of_turn(turn, positions)
+        return positions.at(self.start_of_answer(turn), turn), self.end_of_turn(turn, positions)
 
     def _turn(self, turn: int) -> Turn:
         """Returns what is remembered of the beginning of such a turn. Nothing is where contents are not found."""
@@ -203,7 +233,8 @@ class Conversation:
             known.head = self.text[character:start]
         return character
 
-    def _start_of_answer(self, turn: int) -> int:
+    def start_of_answer(self, turn: int) -> int:
+        """Returns the first character of an answer, after its header. Raises `ValueError` as `_text_before` does."""
         before, known = self.start_of_turn(turn), self._turn(turn)
         if known.opening is not None and self.text.startswith(known.opening, before):
             return before + len(known.opening)
@@ -216,7 +247,7 @@ class Conversation:
             start = min(opening, common_prefix_length([*prompt], [*self.text]))
         elif len(prompt) == before or not self.text.startswith(prompt):
             # No generation prompt, or one that is not this turn's header: what the template puts before any answer
-            start = common_prefix_length([*self.text], [*self.render([*turns, self._plain_answer(turn)])])
+            start = common_prefix_length([*self.text], [*self.render([*turns, self.plain_answer(turn)])])
             if not self.text[before:start].strip():  # a mere space belongs to the answer, as in TRL's templates
                 start = before
         if before <= start:
@@ -229,6 +260,8 @@ class Conversation:
         # Some templates end every rendering with the EOS token (Phi-3), or the last turn (gpt-oss)
         before = text.removesuffix(self._tokens.tokenizer.eos_token or "")
         if not self.text.startswith(before):
+            if self._read_as_written():
+                return self._text_before(turn)
             raise ValueError(
                 f"the chat template renders turn {turn - 1} ({self.messages[turn - 1]['role']}) differently when other "
                 "turns follow, as templates of thinking models do, so the completion cannot be told from the prompt. "
@@ -247,16 +280,21 @@ class Conversation:
     def _ends_in_next(self, turn: int) -> bool:
         known = self._turn(turn + 1)
         if known.ends_in_next is None:
-            answer = self.render([*self.messages[:turn], self._plain_answer(turn)])
+            answer = self.render([*self.messages[:turn], self.plain_answer(turn)])
             if not self.text.startswith(self.render(self.messages[: turn + 1])):  # it ends in the EOS token, as above
                 answer = answer.removesuffix(self._tokens.tokenizer.eos_token or "")
             known.ends_in_next = answer.rstrip().endswith(_PROBE)
         return known.ends_in_next
 
-    def _plain_answer(self, turn: int) -> dict[str, Any]:
-        """Returns an answer in the place of the turn, without its thinking and tool calls, which may come first."""
+    def kind_of_turn(self, turn: int) -> tuple:
+        """Returns what decides about what a template writes in a turn, besides its texts and calls."""
+        is_last = turn == len(self.messages) - 1
+        return *self._kinds[max(turn - 1, 0) : turn + 2], turn < 2, is_last, *self._around[turn]
+
+    def plain_answer(self, turn: int, text: str = _PROBE) -> dict[str, Any]:
+        """Returns an answer for the place of the turn, without its thinking and tool calls, which may come first."""
         in_parts = isinstance(self.messages[turn].get("content"), list)
-        return {"role": "assistant", "content": [{"type": "text", "text": _PROBE}] if in_parts else _PROBE}
+        return {"role": "assistant", "content": [{"type": "text", "text": text}] if in_parts else text}
 
     def positions(self, input_ids: list[int]) -> TokenPositions:
         """Returns what tells the token of a character."""

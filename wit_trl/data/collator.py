@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..config import STRUCTURE_SETTINGS, WEIGHT_SETTINGS, WITSFTConfig
 from ..weights import StructureWeights, set_targets
-from .prepared_rows import read_tokens
+from .prepared_rows import SPANS_COLUMN, read_tokens
 
 
 @dataclass
@@ -78,12 +78,14 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
         if "seq_lengths" in examples[0] and not self.padding_free:
             # TRL's class has the field, which mypy does not see
             return replace(self, padding_free=True).torch_call(examples)  # type: ignore[call-arg]
-        rows, weights = [], []
+        rows, weights, spans = [], [], []
         for example in examples:
             input_ids, regions, of_tokens = read_tokens(example)
             # The region travels as `labels`, which the parent pads with -100 and sets to -100 where a document starts
             rows.append({**example, "input_ids": input_ids, "labels": regions})
             weights.append(of_tokens)
+            if SPANS_COLUMN in example:
+                spans.append(np.asarray(example[SPANS_COLUMN]))
         batch = super().torch_call(rows)
         region = batch["labels"]
         region[:, 0] = -100
@@ -91,6 +93,9 @@ class DataCollatorForWIT(DataCollatorForLanguageModeling):
         lengths = torch.tensor([*map(len, weights)])
         in_rows = torch.arange(region.size(1)) < (lengths.sum() if self.padding_free else lengths[:, None])
         data_weights[in_rows.expand_as(region)] = torch.from_numpy(np.concatenate(weights))
+        if spans:
+            batch[SPANS_COLUMN] = torch.zeros_like(region)
+            batch[SPANS_COLUMN][in_rows.expand_as(region)] = torch.from_numpy(np.concatenate(spans)).long()
         set_targets(batch, region, data_weights, (self.prompt_loss_weight, self.completion_loss_weight))
         if self.padding_free:
             batch["example_lengths"] = lengths
@@ -120,6 +125,6 @@ def check_weights(collator: Any, args: WITSFTConfig) -> None:
     skips = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
     if skips and not {*STRUCTURE_SETTINGS} <= {*expected} and args.structure_weights != StructureWeights():
         raise ValueError(
-            "`role_loss_weights`, `chat_template_loss_weight` and `completion_turns` are applied when the data set is "
-            "prepared, which `skip_prepare_dataset` skips. Give the rows `token_weights` instead."
+            f"{', '.join(f'`{name}`' for name in STRUCTURE_SETTINGS)} are applied when the data set is prepared, which "
+            "`skip_prepare_dataset` skips. Give the rows `token_weights` instead."
         )

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
-from ..weights import MASK_COLUMNS, NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight
+from ..weights import MASK_COLUMNS, NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, check_weight
 from .columns import warn_of_ignored_columns, warn_of_messages
 from .prepared_rows import LENGTH_COLUMNS, AnyDataset, Row, prepared_row, read_tokens
 from .schemas import remedy_for
@@ -88,14 +88,14 @@ class DataPreparation:
                 "`formatting_func` makes text of any columns."
             )
         conversations = tokenizer.columns if tokenizer.of_messages else ()
-        self.check_structure_weights(bool(conversations))
+        self.check_structure_weights(bool(conversations), has_text=True)
         is_text_pair = not conversations and "prompt" in tokenizer.columns
         warn_of_ignored_columns(columns, {"system", "tools"} if is_text_pair else set(), self.dataset_name)
         if conversations:
             roles = self.args.structure_weights.role_loss_weights
             warn_of_messages(dataset, example, conversations, roles, self.dataset_name)
         function = functools.partial(_tokenize_and_weigh, tokenizer=tokenizer, kept=self._kept())
-        unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations"}
+        unused = {*_COLUMNS_OF_TOKENS, "weight", "conversations", "completion_turns"}
         return self.map_rows(dataset, function, "Tokenizing", unused)
 
     def format_rows(self, dataset: AnyDataset, formatting_func: Callable[[Row], str]) -> AnyDataset:
@@ -121,10 +121,16 @@ class DataPreparation:
         function = functools.partial(_weigh_tokens, kept=self._kept())
         return self.map_rows(dataset, function, "Finding completions", unused)
 
-    def check_structure_weights(self, has_messages: bool) -> None:
-        """Refuses weights of roles and templates where there are no conversations."""
-        if self.args.structure_weights != StructureWeights() and not has_messages:
+    def check_structure_weights(self, has_messages: bool, has_text: bool = False) -> None:
+        """Refuses weights of roles, spans and templates without conversations, and of patterns without texts."""
+        structure = self.args.structure_weights
+        if structure.of_conversations and not has_messages:
             raise ValueError(f"The {self.dataset_name} dataset has no messages: {NO_CONVERSATION_MESSAGE}")
+        if structure.regex_loss_weights and not has_text:
+            raise ValueError(
+                f"The {self.dataset_name} dataset is tokenized, so `regex_loss_weights` has no text to search. Leave "
+                "it unset and give the rows `token_weights`, or pass texts or messages."
+            )
 
     def _kept(self) -> slice:
         """The part of a row that is kept."""
@@ -220,9 +226,9 @@ def _tokenize_and_weigh(rows: list[Row], tokenizer: RowTokenizer, kept: slice) -
                 "rows or messages with `weight`."
             )
     made = []
-    for row, (input_ids, regions, weights) in zip(rows, tokenizer(rows), strict=True):
-        weights = weights * np.float32(check_weight(row.get("weight"), "`weight`"))
-        made.append(prepared_row(input_ids, regions, weights, kept))
+    for row, (input_ids, weighed) in zip(rows, tokenizer(rows), strict=True):
+        weights = weighed.weights * np.float32(check_weight(row.get("weight"), "`weight`"))
+        made.append(prepared_row(input_ids, weighed.regions, weights, kept, weighed.spans, weighed.thinking_left_out))
     return made
 
 

@@ -14,6 +14,7 @@ Row = dict[str, Any]
 
 STREAMED_ROWS = 1000  # at most this number of rows of a stream is read ahead
 TOKEN_COLUMNS = ("input_ids", "completion_mask", "token_weights")  # with an entry for each token
+SPANS_COLUMN = "token_spans"  # likewise, where spans or patterns have weights
 # Columns with the number of targets of each region. A target is a token whose data weight is not 0, but not the first
 # of the row
 TARGET_COLUMNS = ("prompt_targets", "completion_targets")
@@ -30,6 +31,7 @@ class RowLengths:
     completion_cut: np.ndarray  # number of its completion tokens that are cut off
     answer_cut: np.ndarray  # whether the end of its last answer, which is its last completion, is cut off
     answer_lost: np.ndarray  # whether all of that is
+    thinking_left_out: np.ndarray  # number of its turns whose thinking the chat template does not write
 
     @classmethod
     def read(cls, dataset: Dataset) -> "RowLengths":
@@ -67,11 +69,13 @@ def _text_of(example: Row) -> slice:
     return slice(positions[0], positions[-1] + 1)
 
 
-def prepared_row(input_ids: Any, regions: Any, weights: Any, kept: slice) -> Row:
+def prepared_row(
+    input_ids: Any, regions: Any, weights: Any, kept: slice, spans: np.ndarray | None = None, thinking_left_out: int = 0
+) -> Row:
     """
-    Returns a row as it is trained on: the kept part of its tokens, of their regions and of their data weights; its
-    [`RowLengths`]; and how many targets each region has. Those of the tokens are arrays, which `datasets` writes faster
-    than lists.
+    Returns a row as it is trained on: the kept part of its tokens, of their regions and of their data weights, and of
+    their spans if they are noted; its [`RowLengths`]; and how many targets each region has. Those of the tokens are
+    arrays, which `datasets` writes faster than lists.
     """
     input_ids, regions, weights = map(np.asarray, (input_ids, regions, weights))
     left, left_weights = regions[kept], weights[kept]
@@ -82,9 +86,13 @@ def prepared_row(input_ids: Any, regions: Any, weights: Any, kept: slice) -> Row
         "completion_length": np.count_nonzero(regions == 1),
         "truncated": is_cut,
         **(_losses(regions, kept) if is_cut else _NO_LOSSES),
+        "thinking_left_out": thinking_left_out,
     }
+    of_tokens = dict(zip(TOKEN_COLUMNS, (input_ids[kept], left, left_weights), strict=True))
+    if spans is not None:
+        of_tokens[SPANS_COLUMN] = spans[kept]
     counts = {name: np.count_nonzero(targets == region) for region, name in enumerate(TARGET_COLUMNS)}
-    return dict(zip(TOKEN_COLUMNS, (input_ids[kept], left, left_weights), strict=True)) | lengths | counts
+    return of_tokens | lengths | counts
 
 
 _NO_LOSSES = {"completion_lost": False, "completion_cut": 0, "answer_cut": False, "answer_lost": False}

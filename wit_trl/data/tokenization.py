@@ -8,6 +8,7 @@ From rows of any type to tokens, each with a region and the data weight that mes
 
 import itertools
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
@@ -18,11 +19,13 @@ from .._upstream import common_prefix_length, tokenize_messages
 from ..config import WITSFTConfig
 from ..conversation.chat_template import check_marks, chosen_chat_template, training_chat_template
 from ..conversation.messages import check_answer, check_unicode, read_messages
+from ..conversation.patterns import matches
 from ..conversation.template_memory import TemplateMemory
+from ..conversation.token_positions import token_begins
 from ..conversation.tool_calls import read_tools
-from ..conversation.turn_weights import weigh_conversation
+from ..conversation.turn_weights import Weighed, span_factors, weigh_conversation
 from ..conversation.turns import Conversation
-from ..weights import NO_PROMPT_MESSAGE, StructureWeights
+from ..weights import NO_PROMPT_MESSAGE, PATTERN_BIT, StructureWeights, check_weight
 from .prepared_rows import Row
 
 
@@ -31,8 +34,8 @@ logger = get_logger(__name__)
 # What `apply_chat_template` does not pass to the template, but uses itself once it has rendered
 _OF_TOKENIZER = {"max_length", "padding", "return_tensors", "sanitize_control_tokens", "tokenizer_kwargs", "truncation"}
 
-# The tokens of a row, their regions (1 completion, 0 prompt), and the data weights that messages give them
-TokenizedRow = tuple[list[int], list[int], np.ndarray]
+# The tokens of a row, and what each of them is
+TokenizedRow = tuple[list[int], Weighed]
 
 
 @dataclass
@@ -68,6 +71,8 @@ class RowTokenizer:
         for row in rows:
             for column in self.columns:
                 _check_text(row, column)
+        parts = [_parts(row, self.columns) for row in rows]
+        rows = [{**row, **{column: _joined(row[column]) for column in self.columns}} for row in rows]
         eos_token = self._memory.tokens.tokenizer.eos_token or ""
         texts = ["".join(row[column] for column in self.columns) for row in rows]
         # As TRL, which looks at the end of the completion alone
@@ -78,7 +83,30 @@ class RowTokenizer:
         else:
             prompts = self._encode([row["prompt"] for row in rows], add_special_tokens=True)
             regions = [_regions(input_ids, prompt) for input_ids, prompt in zip(whole, prompts, strict=True)]
-        return [(ids, of_ids, np.ones(len(ids), np.float32)) for ids, of_ids in zip(whole, regions, strict=True)]
+        texts = [text + end for text, end in zip(texts, ends, strict=True)]
+        return [(row[0], self._weigh_text(*row)) for row in zip(whole, regions, texts, parts, strict=True)]
+
+    def _weigh_text(
+        self, input_ids: list[int], regions: list[int], text: str, parts: list[tuple[int, int, float]]
+    ) -> Weighed:
+        """Returns what the tokens of a text are. `parts` have the characters of what has a weight."""
+        weights, patterns = np.ones(len(input_ids), np.float32), self.structure.regex_loss_weights
+        if not parts and not patterns:
+            return Weighed(regions, weights)
+        if not self._is_fast:
+            raise ValueError("parts of a text and `regex_loss_weights` need a fast tokenizer. Load one (`use_fast`).")
+        begins = token_begins(self.processing_class(text, return_offsets_mapping=True)["offset_mapping"])
+        for start, end, weight in parts:
+            weights[slice(*np.searchsorted(begins, (start, end)))] *= np.float32(weight)
+        if not patterns:
+            return Weighed(regions, weights)
+        codes, is_completion = np.zeros(len(input_ids), np.int32), np.asarray(regions) == 1
+        first = int(begins[is_completion.argmax()]) if is_completion.any() else len(text)
+        for bit, pattern in enumerate(patterns, start=PATTERN_BIT):
+            for start, end in matches(pattern, text, [(first, len(text))]):
+                found = slice(*np.searchsorted(begins, (start, end)))
+                codes[found] |= is_completion[found] * np.int32(1 << bit)
+        return Weighed(regions, weights * span_factors(codes, self.structure), codes)
 
     def _tokenize_conversations(self, rows: list[Row]) -> list[TokenizedRow]:
         tokenized = []
@@ -89,8 +117,8 @@ class RowTokenizer:
             ):
                 marked = tokens["assistant_masks"] if has_marks else None
                 weighed = weigh_conversation(conversation, tokens["input_ids"], marked, self.structure)
-                check_marks(weighed[0])
-                tokenized.append((tokens["input_ids"], *weighed))
+                check_marks(weighed.regions)
+                tokenized.append((tokens["input_ids"], weighed))
         return tokenized
 
     def _conversation(self, row: Row) -> Conversation:
@@ -131,7 +159,7 @@ class RowTokenizer:
                 check_marks(tokens["assistant_masks"])
                 marked = [*map(min, marked, tokens["assistant_masks"])]
             weighed = weigh_conversation(conversation, input_ids, marked, self.structure, turns)
-            tokenized.append((input_ids, *weighed))
+            tokenized.append((input_ids, weighed))
         return tokenized
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -179,7 +207,8 @@ def row_tokenizer(
     if "prompt" in example and "completion" in example:
         if assistant_only and pair_template is None:
             pair_template = training_chat_template(processing_class)
-        columns, of_messages = ("prompt", "completion"), isinstance(example["prompt"], list)
+        columns, prompt = ("prompt", "completion"), example["prompt"]
+        of_messages = isinstance(prompt, list) and not all(map(_is_part, prompt))
         return RowTokenizer(processing_class, columns, of_messages, pair_template, None, assistant_only, structure)
     for column in ("conversations", "messages"):
         if column in example:
@@ -209,8 +238,34 @@ def _has_marks(conversation: Conversation) -> bool:
     return has_generation_markers(conversation.template_kwargs["chat_template"])
 
 
+def _is_part(value: Any) -> bool:
+    """Whether it is a part of a text, and no message."""
+    return isinstance(value, dict) and isinstance(value.get("text"), str) and not value.get("role")
+
+
+def _joined(text: Any) -> str:
+    """Returns a text, which may be a list of parts."""
+    return "".join(part["text"] for part in text) if isinstance(text, list) else text
+
+
+def _parts(row: Row, columns: tuple[str, ...]) -> list[tuple[int, int, float]]:
+    """Returns the characters and the weight of each part of the texts that has one."""
+    found, position = [], 0
+    for column in columns:
+        parts = row[column] if isinstance(row[column], list) else [{"text": row[column]}]
+        for part in parts:
+            end = position + len(part["text"])
+            weight = check_weight(part.get("weight"), f"the `weight` of a part of `{column}`")
+            if weight != 1:
+                found.append((position, end, weight))
+            position = end
+    return found
+
+
 def _check_text(row: Row, column: str) -> None:
     text = row.get(column)
+    if isinstance(text, list) and text and all(map(_is_part, text)):
+        text = _joined(text)
     if isinstance(text, int | float):  # of a CSV file, where "3" is no text
         raise ValueError(
             f"`{column}` must be a text, but is the number {text!r}. Cast the column: `dataset.cast_column({column!r}, "

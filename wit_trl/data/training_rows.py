@@ -5,6 +5,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
@@ -13,12 +14,13 @@ from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
 from .columns import warn_of_ignored_columns
 from .preparation import DataPreparation
-from .prepared_rows import STREAMED_ROWS, TARGET_COLUMNS, TOKEN_COLUMNS, AnyDataset, RowLengths
+from .prepared_rows import SPANS_COLUMN, STREAMED_ROWS, TARGET_COLUMNS, TOKEN_COLUMNS, AnyDataset, RowLengths
 from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
 
 
 logger = get_logger(__name__)
 
+_FIRST_ROWS = 1000  # in which spans and patterns are looked for
 _ROWS_WITHOUT_TARGET = 10_000  # of a stream, which may have no end, before it is refused
 
 
@@ -49,15 +51,32 @@ def prepare_rows(dataset: AnyDataset, preparation: DataPreparation, is_train: bo
             dataset = preparation.format_rows(dataset, preparation.formatting_func)
             example = {args.dataset_text_field: None}
         dataset = preparation.tokenize(dataset, example)
+    warn_of_unmatched(dataset, preparation)
     # Evaluation sets keep all their rows, since both regions are measured
     rows = select_training_rows(dataset, preparation) if is_train else TrainingRows(dataset)
     dataset = _pack(rows.dataset, preparation) if preparation.packing else rows.dataset
     return rows._replace(dataset=dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset)
 
 
+def warn_of_unmatched(dataset: AnyDataset, preparation: DataPreparation) -> None:
+    """Tells which spans and patterns that have a weight are in none of the first rows. Streams are not read for it."""
+    structure = preparation.args.structure_weights
+    if not structure.has_spans or isinstance(dataset, IterableDataset):
+        return
+    spans = dataset.select_columns([SPANS_COLUMN]).take(min(_FIRST_ROWS, len(dataset))).with_format("arrow")[:]
+    codes = np.unique(pc.list_flatten(spans[SPANS_COLUMN]).to_numpy())
+    named = structure.span_loss_weights | structure.regex_loss_weights
+    if unused := [name for name, found in structure.tokens_of_spans(codes) if name in named and not found.any()]:
+        logger.warning(
+            f"Nothing in the first {_FIRST_ROWS:,} rows of the {preparation.dataset_name} dataset is one of {unused}, "
+            "which `span_loss_weights` or `regex_loss_weights` names."
+        )
+
+
 def _pack(dataset: AnyDataset, preparation: DataPreparation) -> AnyDataset:
     """Packs rows as TRL does, with all that belongs to each token."""
-    dataset = dataset.select_columns([*TOKEN_COLUMNS])
+    spans = [SPANS_COLUMN] if preparation.args.structure_weights.has_spans else []
+    dataset = dataset.select_columns([*TOKEN_COLUMNS, *spans])
     with global_then_local_main_first():
         if preparation.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=preparation.args.seed)

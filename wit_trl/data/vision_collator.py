@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -24,7 +25,7 @@ from ..conversation.tool_calls import arguments_as_objects
 from ..conversation.turn_weights import weigh_conversation
 from ..conversation.turns import Conversation
 from ..weights import NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, StructureWeights, check_weight, set_targets
-from .prepared_rows import TOKEN_COLUMNS, prepared_row
+from .prepared_rows import SPANS_COLUMN, TOKEN_COLUMNS, prepared_row
 
 
 logger = logging.get_logger(__name__)
@@ -68,7 +69,8 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             Weight of a prompt token.
         completion_loss_weight (`float`, *optional*, defaults to `0.8`):
             Weight of a completion token.
-        role_loss_weights (`dict[str, float]`, *optional*), chat_template_loss_weight (`float`, *optional*, defaults to
+        role_loss_weights (`dict[str, float]`, *optional*), span_loss_weights (`dict[str, float]`, *optional*),
+        regex_loss_weights (`dict[str, float]`, *optional*), chat_template_loss_weight (`float`, *optional*, defaults to
         `1.0`), completion_turns (`str`, *optional*, defaults to `"all"`):
             As in [`WITSFTConfig`].
 
@@ -92,13 +94,15 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
     prompt_loss_weight: float = 0.2
     completion_loss_weight: float = 0.8
     role_loss_weights: dict[str, float] | None = None
+    span_loss_weights: dict[str, float] | None = None
+    regex_loss_weights: dict[str, float] | None = None
     chat_template_loss_weight: float = 1.0
     completion_turns: str = "all"
 
     @property
     def structure_weights(self) -> StructureWeights:
-        """What roles and the chat template's own tokens weigh, and which turns are completion."""
-        return StructureWeights(self.role_loss_weights or {}, self.chat_template_loss_weight, self.completion_turns)
+        """What the structure of a conversation says of the weights of its tokens."""
+        return StructureWeights.of(self)
 
     def tokenize_rows(self, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yields each example as the row that is trained on, with the columns of [`prepared_row`]."""
@@ -108,8 +112,9 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
             batch = whole([example])
             length = int(batch["attention_mask"].sum())
             input_ids, regions, weights = (batch[name][0, :length] for name in TOKEN_COLUMNS)
-            row = prepared_row(input_ids, regions, weights, slice(self.max_length))
-            yield row | {name: row[name].tolist() for name in TOKEN_COLUMNS}
+            spans = batch[SPANS_COLUMN][0, :length].numpy() if SPANS_COLUMN in batch else None
+            row = prepared_row(input_ids, regions, weights, slice(self.max_length), spans)
+            yield {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in row.items()}
 
     def tokenize_first_rows(self, dataset: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """
@@ -161,6 +166,7 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
 
         region = (batch["labels"] != -100).long()
         data_weights = torch.tensor([row["weight"] for row in rows])[:, None].repeat(1, region.size(1))
+        spans = torch.zeros_like(region)
         for position, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
             if conversation is None:
                 continue
@@ -170,15 +176,19 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 marked = region[position, :length].tolist() if is_pair or has_marks else None
                 first_answer = len(row["prompt"]) if is_pair else 0
                 self._check_turns(row.get("completion", []), conversation, input_ids)
-                regions, weights = weigh_conversation(conversation, input_ids, marked, structure, first_answer)
+                weighed = weigh_conversation(conversation, input_ids, marked, structure, first_answer)
                 if is_messages and length != self.max_length:
-                    check_marks(regions)
-                region[position, :length] = torch.tensor(regions)
-                data_weights[position, :length] *= torch.from_numpy(weights)
+                    check_marks(weighed.regions)
+                region[position, :length] = torch.tensor(weighed.regions)
+                data_weights[position, :length] *= torch.from_numpy(weighed.weights)
+                if weighed.spans is not None:
+                    spans[position, :length] = torch.from_numpy(weighed.spans)
 
         region[batch["attention_mask"] == 0] = -100
         region[torch.isin(batch["input_ids"], self._placeholder_ids(image_texts))] = -100
         region[:, 0] = -100
+        if structure.has_spans:
+            batch[SPANS_COLUMN] = spans
         set_targets(batch, region, data_weights, (self.prompt_loss_weight, self.completion_loss_weight))
         return batch
 
@@ -212,16 +222,18 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
     def _conversation(self, row: dict[str, Any], columns: list[str], chat_template: str | None) -> Conversation | None:
         """Returns a row's conversation as TRL's collator renders it and checks it, or `None` if the row is a text."""
         if not is_conversational(row):
-            if self.structure_weights != StructureWeights():
+            if self.structure_weights.of_conversations or self.regex_loss_weights:
                 raise ValueError(NO_CONVERSATION_MESSAGE)
             return None
         messages = prepare_multimodal_messages(row[columns[0]], images=row["images"])
         kwargs = {"return_tensors": "pt", "processor_kwargs": {"add_special_tokens": False}}
+        of_row = {"completion_turns": row.get("completion_turns")}
         if columns == ["messages"]:
-            return Conversation(messages, self.processor, chat_template, {"chat_template_kwargs": kwargs})
+            return Conversation(messages, self.processor, chat_template, of_row | {"chat_template_kwargs": kwargs})
         messages += prepare_multimodal_messages(row["completion"])
         kwargs |= row.get("chat_template_kwargs") or {}
-        conversation = Conversation(messages, self.processor, chat_template, {"chat_template_kwargs": kwargs})
+        of_row["chat_template_kwargs"] = kwargs
+        conversation = Conversation(messages, self.processor, chat_template, of_row)
         conversation.render_prompt(len(row["prompt"]))
         return conversation
 

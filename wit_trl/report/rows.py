@@ -11,7 +11,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ..data.collator import DataCollatorForWIT
-from ..weights import REGIONS
+from ..data.prepared_rows import SPANS_COLUMN
+from ..weights import REGIONS, StructureWeights
 from .advice import advise
 from .page import page, printable
 from .weight_report import WeightReport
@@ -48,12 +49,25 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[
     return pieces
 
 
-def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weights: tuple[float, float]) -> Text:
+def _span_names(codes: np.ndarray, structure: StructureWeights) -> list[str]:
+    """Returns the span and the patterns of each token, each after a space."""
+    names = np.full(len(codes), "", object)
+    for name, in_span in structure.tokens_of_spans(codes):
+        names[in_span] += f" {printable(name)}"
+    return names.tolist()
+
+
+def show_row(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    loss_weights: tuple[float, float],
+    structure: StructureWeights,
+) -> Text:
     """
     Returns a tokenized row as the trainer weighs it, for the weights of a prompt token and of a completion token.
 
-    Each token has the colour of its region, in two shades that alternate. Region and weight are written where they
-    change. A token that repeats and is never a target, such as that of an image, is written once, with the number.
+    Each token has the colour of its region, in two shades that alternate. Region, span and weight are written where
+    they change. A token that repeats and is never a target, such as that of an image, is written once, with the number.
     """
     collator = DataCollatorForWIT(0)
     collator.prompt_loss_weight, collator.completion_loss_weight = loss_weights
@@ -62,16 +76,17 @@ def show_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss_weigh
     starts = {0, *itertools.accumulate(row.get("seq_lengths", []))}
     regions, weights = batch["completion_mask"][0].tolist(), batch["token_weights"][0].tolist()
     # Without what the collator pads
-    groups = [(i in starts, regions[i], float(f"{weights[i]:.6g}")) for i in range(len(tokens))]
+    names = _span_names(np.asarray(row[SPANS_COLUMN]), structure) if SPANS_COLUMN in row else [""] * len(tokens)
+    groups = [(i in starts, regions[i], names[i], float(f"{weights[i]:.6g}")) for i in range(len(tokens))]
     special = {*tokenizer.all_special_ids}
     text = Text()
     shade, repeated = 0, 1
     for position, piece in enumerate(_pieces(tokenizer, tokens, groups)):
-        is_start, region, weight = group = groups[position]
+        is_start, region, name, weight = group = groups[position]
         if is_start:
             text.append("\n" if position else "").append(_DOCUMENT_START, "bold red")
         elif group != groups[position - 1]:
-            text.append(f"[{REGIONS[region]} {weight:g}]", "bold")
+            text.append(f"[{REGIONS[region]}{name} {weight:g}]", "bold")
         follows = groups[position + 1 : position + 2] == [group] and tokens[position + 1] == tokens[position]
         if region == -100 and follows:
             repeated += 1
@@ -110,7 +125,7 @@ def show_page(
             cut = row["prompt_length"] + row["completion_length"] - sum(r >= 0 for r in row["completion_mask"])
             heading += f", without {cut} that were cut off, {row['completion_cut']} of the completion"
         console.print(Text(heading, "bold"))
-        console.print(show_row(row, tokenizer, report.loss_weights), soft_wrap=True)
+        console.print(show_row(row, tokenizer, report.loss_weights, report.structure), soft_wrap=True)
     console.print()
     console.print(report)
     console.print(Text(f"\n{advise(report, epochs)}"))

@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..data.prepared_rows import LENGTH_COLUMNS, STREAMED_ROWS, TOKEN_COLUMNS, RowLengths, read_tokens
+from ..data.prepared_rows import LENGTH_COLUMNS, SPANS_COLUMN, STREAMED_ROWS, TOKEN_COLUMNS, RowLengths, read_tokens
 from ..weights import REGIONS, StructureWeights
 from .page import printable
 
@@ -54,6 +54,8 @@ class WeightReport:
     data_nonzero: dict[int, int]  # number of tokens whose data weight is not zero
     data_weight: dict[int, float]  # sum of the data weights
     data_weights: tuple[float, float]  # the smallest and the largest data weight of a token
+    # By span and by pattern, where they have weights: number of targets, and sum of their weights
+    spans: dict[str, tuple[int, float]]
     # Number of prompt tokens and of completion tokens of each row or document: before truncation and with the dropped
     # rows, where the preparation noted this
     lengths: tuple[np.ndarray, np.ndarray]
@@ -63,6 +65,7 @@ class WeightReport:
     answers_cut: int | None = None  # whose last answer lost its end
     answers_lost: int | None = None  # whose last answer is cut off whole
     completion_cut: int | None = None  # of completion tokens that are cut off, not of rows
+    thinking_left_out: int | None = None  # turns whose thinking the chat template does not write
     dropped: int | None = None  # because no token has a weight other than zero
     structure: StructureWeights = field(default_factory=StructureWeights)
     loss_divisor: str = "count"  # what the weighted sum is divided by: the "count" or the "weights"
@@ -112,11 +115,14 @@ class WeightReport:
         for header in ("", "loss weight", "tokens", "share", "share of the weight"):
             table.add_column(header, justify="right" if header else "left")
 
-        def add_row(name: str, loss_weight: str, tokens: int, weight: float) -> None:
+        def add_row(name: str | Text, loss_weight: str, tokens: int, weight: float) -> None:
             table.add_row(name, loss_weight, f"{tokens:,}", _percent(tokens, all_tokens), _percent(weight, all_weight))
 
         for (region, name), loss_weight in zip(REGIONS.items(), (*self.loss_weights, 0), strict=True):
             add_row(name, f"{loss_weight:g}", self.tokens[region], self.weight[region])
+        for name, (tokens, weight) in self.spans.items():
+            of_data = self.structure.span_loss_weights | self.structure.regex_loss_weights
+            add_row(Text(f"  {repr(name)[1:-1]}"), f"x {of_data.get(name, 1):g}", tokens, weight)
         table.add_section()
         add_row("all", "", all_tokens, all_weight)
         add_row("of zero weight", "", zero, 0)
@@ -137,6 +143,9 @@ class WeightReport:
         facts.add_row("completion tokens to a prompt token", ratio)
         scale = "-" if self.gradient_scale is None else f"x {self.gradient_scale:.3g}"
         facts.add_row("gradient of the completion against conventional tuning *", scale)
+        if self.structure.span_loss_weights:
+            number = "unknown" if self.thinking_left_out is None else f"{self.thinking_left_out:,}"
+            facts.add_row("turns whose thinking the template leaves out", number)
         lost = {name: getattr(self, cut) for cut, (_, name) in _CUTS.items()} | {"rows dropped": self.dropped}
         for name, number in lost.items():
             facts.add_row(name, "unknown" if number is None else f"{number:,}")
@@ -157,7 +166,11 @@ def _percent(part: float, whole: float) -> str:
 
 
 def weigh(
-    rows: Rows, loss_weights: tuple[float, float], lengths: RowLengths | None = None, partial: bool | None = None
+    rows: Rows,
+    loss_weights: tuple[float, float],
+    lengths: RowLengths | None = None,
+    partial: bool | None = None,
+    structure: StructureWeights | None = None,
 ) -> WeightReport:
     """
     Returns the counts of a [`WeightReport`] for tokenized rows: the first million if they were prepared, but the first
@@ -173,13 +186,20 @@ def weigh(
         raise ValueError("The data set has a transform (`with_transform`), so its rows may differ at every reading.")
     counted = _first_rows(rows)
     # `seq_lengths` are those of the documents of packed rows
-    columns = [name for name in ("completion_mask", "token_weights", "seq_lengths") if name in counted.column_names]
+    columns = [
+        name
+        for name in ("completion_mask", "token_weights", SPANS_COLUMN, "seq_lengths")
+        if name in counted.column_names
+    ]
+    structure = structure or StructureWeights()
+    of_spans = {name: np.zeros(2) for name in (*structure.spans, *structure.regex_loss_weights)}
     totals = np.zeros((3, len(REGIONS)))  # by region: tokens, tokens whose data weight is not zero, data weights
     least, most = np.inf, 0.0
     document_lengths = [np.zeros((2, 0), int)]  # by region
     for table in counted.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-        regions, weights, *documents = (pc.list_flatten(table[name]).to_numpy() for name in columns)
-        sizes = documents[0] if documents else pc.list_value_length(table["completion_mask"]).to_numpy()
+        values = {name: pc.list_flatten(table[name]).to_numpy() for name in columns}
+        regions, weights = values["completion_mask"], values["token_weights"]
+        sizes = values.get("seq_lengths", pc.list_value_length(table["completion_mask"]).to_numpy())
         document = np.repeat(np.arange(len(sizes)), sizes)  # of each token
         document_lengths.append(
             np.stack([np.bincount(document[regions == region], minlength=len(sizes)) for region in (0, 1)])
@@ -188,6 +208,10 @@ def weigh(
         of_targets = weights[regions >= 0]
         least, most = min(least, of_targets.min(initial=np.inf)), max(most, of_targets.max(initial=0))
         index = np.where(regions < 0, 2, regions)
+        for name, in_span in structure.tokens_of_spans(values.get(SPANS_COLUMN, np.zeros(len(regions), int))):
+            is_target = in_span & (regions >= 0)
+            loss = weights[is_target] * np.take(loss_weights, regions[is_target])
+            of_spans[name] += is_target.sum(), loss.sum()
         totals += [np.bincount(index, values, len(REGIONS)) for values in (None, weights != 0, weights)]
     prompt, completion = np.concatenate(document_lengths, axis=1)
     cuts: dict[str, Any] = {}
@@ -196,6 +220,7 @@ def weigh(
     if lengths is not None:
         prompt, completion = lengths.prompt_length, lengths.completion_length
         cuts = {name: int(getattr(lengths, column).sum()) for name, (column, _) in _CUTS.items()}
+        cuts["thinking_left_out"] = int(lengths.thinking_left_out.sum())
     if partial is None:
         partial = isinstance(rows, IterableDataset) or len(counted) < len(rows)
     return WeightReport(
@@ -206,6 +231,8 @@ def weigh(
         data_nonzero=dict(zip(REGIONS, totals[1].astype(int).tolist(), strict=True)),
         data_weight=dict(zip(REGIONS, totals[2].tolist(), strict=True)),
         data_weights=(least, most),
+        spans={name: (int(tokens), float(weight)) for name, (tokens, weight) in of_spans.items()},
+        structure=structure,
         lengths=(prompt, completion),
         **cuts,
     )

@@ -39,8 +39,9 @@ class EvaluationMixin(Trainer):
         """
         Returns how well the model predicts each row: a data set with the columns `"prompt_nll"` and `"completion_nll"`,
         the sums of the unweighted negative log-likelihoods of a region in nats, and `"prompt_tokens"` and
-        `"completion_tokens"`, the numbers of its tokens. Added up, they give the losses of `evaluate`. All processes
-        must call it, and all get all rows, in the order of the data set. Nothing is logged.
+        `"completion_tokens"`, the numbers of its tokens; where `span_loss_weights` are set, the same of each span
+        (`"completion_thinking_nll"`, ...). Added up, they give the losses of `evaluate`. All processes must call it,
+        and all get all rows, in the order of the data set. Nothing is logged.
 
         Args:
             eval_dataset (`Dataset` or `str`, *optional*):
@@ -102,7 +103,7 @@ class EvaluationMixin(Trainer):
         """Evaluates as `Trainer` does, but for the metrics: these are exact, unless `compute_loss` was replaced."""
         self.check_settings()
         self._eval_sums = EvaluationSums(
-            self.accelerator, self.args.loss_divisor, self.get_tp_size() * self.get_cp_size()
+            self.accelerator, self.args.loss_divisor, self.terms, self.get_tp_size() * self.get_cp_size()
         )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_sums.is_empty:  # a subclass replaced `compute_loss`

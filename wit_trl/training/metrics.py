@@ -8,6 +8,7 @@ The metrics: means that are logged, of sums over tokens, to which any number of 
 A new metric is a line in `MEANS`, and one in `token_terms` if it needs a new sum.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from statistics import fmean
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from .._upstream import FusedCausalLMOutput
+from ..weights import PATTERN_BIT, SPANS
 
 
 # The metrics, by name: the sum, and what it is divided by. Those of a region are logged if it has tokens
@@ -26,6 +28,12 @@ MEANS = {
     "prompt_mean_token_accuracy": ("prompt_correct", "prompt_count"),
     "completion_loss": ("completion_nll", "completion_count"),
     "completion_mean_token_accuracy": ("completion_correct", "completion_count"),
+}
+# Those of a span in a region, likewise, where spans have weights
+MEANS_OF_SPANS = {
+    f"{region}_{span}_loss": (f"{region}_{span}_nll", f"{region}_{span}_count")
+    for region in ("prompt", "completion")
+    for span in SPANS[1:]
 }
 # Those that TRL logs too, of the tokens whose weight is not zero. They are 0 where there are none
 MEANS_OF_TRL = {
@@ -36,12 +44,16 @@ MEANS_OF_TRL = {
 LOSSES = {"count": ("weighted_nll", "weighted_count"), "weights": ("weighted_nll", "weight")}
 # The sums that these need
 TERMS = [*dict.fromkeys(name for pair in [*MEANS.values(), *MEANS_OF_TRL.values(), *LOSSES.values()] for name in pair)]
+TERMS_OF_SPANS = [name for pair in MEANS_OF_SPANS.values() for name in pair]
 
 
-def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+def token_terms(
+    outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: torch.Tensor, spans: torch.Tensor, names: list[str]
+) -> torch.Tensor:
     """
-    Returns what each target adds to each sum, in the order of `TERMS`, `(B, T, len(TERMS))`. The outputs of
-    `weighted_forward`, the weights and the regions (1 completion, 0 prompt, -100 none) are of shape `(B, T)`.
+    Returns what each target adds to each of the sums with these names, `TERMS` and perhaps `TERMS_OF_SPANS`, `(B, T,
+    number of names)`. The outputs of `weighted_forward`, the weights, the regions (1 completion, 0 prompt, -100 none)
+    and the codes of the spans are of shape `(B, T)`.
     """
     nll, entropy, correct = -outputs.log_probs.float(), outputs.entropy.detach().float(), outputs.is_top1
     prompt, completion = outputs.label_mask & (regions == 0), outputs.label_mask & (regions == 1)
@@ -60,12 +72,20 @@ def token_terms(outputs: FusedCausalLMOutput, weights: torch.Tensor, regions: to
         "weighted_correct": correct & weighted,
         "weight": weights,
     }
-    return torch.stack([terms[name] for name in TERMS], dim=-1)
+    if len(names) > len(TERMS):
+        spans = spans % 2**PATTERN_BIT
+        for (region, mask), (code, span) in itertools.product(
+            (("prompt", prompt), ("completion", completion)), enumerate(SPANS)
+        ):
+            in_span = mask & (spans == code)
+            terms |= {f"{region}_{span}_nll": nll.where(in_span, 0), f"{region}_{span}_count": in_span}
+    return torch.stack([terms[name] for name in names], dim=-1)
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns the unweighted means of each region that has tokens: loss, in nats per token, and accuracy."""
-    return {name: sums[total] / sums[count] for name, (total, count) in MEANS.items() if sums[count]}
+    """Returns the unweighted means of each region and span that has tokens: loss, in nats per token, and accuracy."""
+    pairs = (MEANS | MEANS_OF_SPANS).items()
+    return {name: sums[total] / sums[count] for name, (total, count) in pairs if sums.get(count)}
 
 
 def means_of_trl(sums: Mapping[str, float]) -> dict[str, float]:
@@ -79,10 +99,11 @@ class TrainingSums(TrainerCallback):
     one that failed, such as a try of `auto_find_batch_size`.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, terms: list[str]):
+        self._names = terms
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
         # The terms, the auxiliary loss, and the number of tokens of any kind
-        self._sums = torch.zeros(len(TERMS) + 2, dtype=dtype, device=device)
+        self._sums = torch.zeros(len(terms) + 2, dtype=dtype, device=device)
         self._micro_batches = 0
         self._has_aux_loss = False
         self._num_tokens = 0  # of all ranks, up to the last log
@@ -118,7 +139,7 @@ class TrainingSums(TrainerCallback):
         if not self._micro_batches:
             return {}
         self._num_tokens += int(num_tokens)
-        sums = dict(zip(TERMS, tokens, strict=True))
+        sums = dict(zip(self._names, tokens, strict=True))
         metrics = {"num_tokens": self._num_tokens // repeats, **means_of_trl(sums), **means(sums)}
         if self._has_aux_loss:
             metrics["aux_loss"] = aux_loss / (self._micro_batches * accelerator.num_processes)
@@ -130,9 +151,9 @@ class TrainingSums(TrainerCallback):
 class EvaluationSums:
     """Adds up an evaluation over batches and ranks, of which `repeats` ranks have each batch in common."""
 
-    def __init__(self, accelerator: Accelerator, divisor: str, repeats: int = 1):
+    def __init__(self, accelerator: Accelerator, divisor: str, terms: list[str], repeats: int = 1):
         self._accelerator, self._divisor, self._repeats = accelerator, divisor, repeats
-        self._sums = dict.fromkeys(TERMS, 0.0)
+        self._sums = dict.fromkeys(terms, 0.0)
         self._rows: list[torch.Tensor] = []
         self._losses: list[float] = []
         self._aux_losses: list[float] = []
@@ -158,7 +179,7 @@ class EvaluationSums:
             by_example.index_add_(0, example, terms[0, : len(example)])
         rows = self._gather(by_example)
         self._rows.append(rows)
-        for name, total in zip(TERMS, rows.sum(0).tolist(), strict=True):
+        for name, total in zip(self._sums, rows.sum(0).tolist(), strict=True):
             self._sums[name] += total
         if loss is not None:  # as `Trainer` gathers what the subclass returns
             self._losses += self._accelerator.gather_for_metrics(loss.detach().repeat(len(by_example))).tolist()
@@ -168,13 +189,16 @@ class EvaluationSums:
     def rows(self) -> dict[str, list[float]]:
         """
         Returns of each row, in the order of the evaluation, the sum of the negative log-likelihoods of each region, in
-        nats, and its number of tokens. Of a stream on several ranks the rows cannot be told apart.
+        nats, and its number of tokens, and those of each span in it, where spans have weights. Of a stream on several
+        ranks the rows cannot be told apart.
         """
-        sums = dict(zip(TERMS, torch.cat(self._rows).unbind(1), strict=True))
+        sums = dict(zip(self._sums, torch.cat(self._rows).unbind(1), strict=True))
         rows = {}
-        for region in ("prompt", "completion"):
-            rows[f"{region}_nll"] = sums[f"{region}_nll"].tolist()
-            rows[f"{region}_tokens"] = sums[f"{region}_count"].long().tolist()
+        for name in ("prompt_nll", "completion_nll", *(total for total, _ in MEANS_OF_SPANS.values())):
+            if name in sums:
+                part = name.removesuffix("_nll")
+                rows[name] = sums[name].tolist()
+                rows[f"{part}_tokens"] = sums[f"{part}_count"].long().tolist()
         return rows
 
     def metrics_of_trl(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ PACKED_MESSAGE = (
 Batch = dict[str, Any]
 Count = torch.Tensor | int | None
 # What belongs to targets, and its value where there is none
-_TARGETS = {"token_weights": 0, "completion_mask": -100}
+_TARGETS = {"token_weights": 0, "completion_mask": -100, "token_spans": 0}
 
 
 class ParallelMixin(Trainer):
