@@ -74,9 +74,9 @@ SEQUENCE_PARALLEL_SIZE, CONTEXT_PARALLEL_SIZE = (
 )
 # Set by the test: the number of ranks that share the model, each of which gets every sequence
 TENSOR_PARALLEL_SIZE = int(os.environ.get("TENSOR_PARALLEL_SIZE", 1))
-# With batches of two, eight sequences in every step
+# Eight sequences in every step
 SHARING = SEQUENCE_PARALLEL_SIZE * CONTEXT_PARALLEL_SIZE * TENSOR_PARALLEL_SIZE
-ACCUMULATION = 4 * SHARING // int(os.environ.get("WORLD_SIZE", 1))
+BATCH_SIZE, ACCUMULATION = 4 * SHARING // int(os.environ.get("WORLD_SIZE", 1)), 2
 
 
 def make_model(kind, folder):
@@ -228,12 +228,12 @@ class Killer(TrainerCallback):
 
 
 def run_killed(folder, scenario):
-    make_scenario(folder, scenario, 2, ACCUMULATION, callbacks=[Killer()]).train()
+    make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION, callbacks=[Killer()]).train()
 
 
 def run_killed_while_saving(folder, scenario):
     """Ends the process in the middle of the second checkpoint, after the model and the optimizer were written."""
-    trainer = make_scenario(folder, scenario, 2, ACCUMULATION)
+    trainer = make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION)
     save_rng_state = trainer._save_rng_state
 
     def save_or_die(output_dir):
@@ -246,7 +246,7 @@ def run_killed_while_saving(folder, scenario):
 
 
 def run_resumed(folder, scenario, checkpoint=True):
-    trainer = make_scenario(folder, scenario, 2, ACCUMULATION)
+    trainer = make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{scenario}-resumed"))
     write_results(trainer, folder / f"{scenario}-resumed")
@@ -258,7 +258,7 @@ def run_resumed_from_the_first_checkpoint(folder, scenario):
 
 def run_evaluating_a_stream(folder, scenario):
     """Evaluates 11 rows as they are stored, and as a stream of two shards, whose last batches differ in size."""
-    trainer = make_scenario(folder, scenario, 2, ACCUMULATION, accelerator_config={"dispatch_batches": False})
+    trainer = make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION, accelerator_config={"dispatch_batches": False})
     rows = Dataset.from_list(make_rows(11))
     datasets = {"stored": rows, "stream": rows.to_iterable_dataset(num_shards=2)}
     results = {name: trainer.evaluate(dataset) for name, dataset in datasets.items()}
@@ -309,7 +309,7 @@ if __name__ == "__main__":
         if kind:
             RUNS[kind](Path(output), scenario)
         else:
-            run(Path(output), scenario, 2, ACCUMULATION)
+            run(Path(output), scenario, BATCH_SIZE, ACCUMULATION)
         if SEQUENCE_PARALLEL_SIZE > 1:
             del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what replaced transformers' own
     if torch.distributed.is_initialized():
