@@ -24,7 +24,14 @@ from wit_trl import cli
 
 
 REPOSITORY = Path(__file__).parent.parent
-IMPORTED = ("tests.forks", "tests.distributed.worker", "matplotlib.figure", "optuna", "wit_trl.sweep.trial")
+IMPORTED = (
+    "tests.forks",
+    "tests.distributed.worker",
+    "deepspeed",
+    "matplotlib.figure",
+    "optuna",
+    "wit_trl.sweep.trial",
+)
 # What Triton defines while it is imported is for its interpreter or for a GPU
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}
 

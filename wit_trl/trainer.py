@@ -6,6 +6,7 @@ from types import MethodType
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import ParallelismConfig
 from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
@@ -111,9 +112,12 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         self._messages_are_new = has_messages and not self._assistant_only_loss
         self._training_rows: TrainingRows | None = None  # until the training set, which comes first, is prepared
 
-        # TRL's constructor refuses templates and factors that it does not know, where ours finds the completion by
-        # itself, and DFT under sequence parallelism, where TRL's loss is the model's
-        with set_for_now(args, assistant_only_loss=self._assistant_only_loss and not has_messages, loss_type="nll"):
+        # TRL's constructor refuses templates that it does not know, where ours finds the completion by itself, names of
+        # factors that it does not know, and DFT under sequence parallelism, where TRL's loss is the model's
+        put_aside: dict[str, Any] = {"assistant_only_loss": False} if has_messages else {}
+        if args.loss_type not in ("nll", "dft") or (args.parallelism_config or ParallelismConfig()).sp_enabled:
+            put_aside["loss_type"] = "nll"
+        with set_for_now(args, **put_aside):
             super().__init__(
                 model, args, data_collator, train_dataset, eval_dataset, processing_class, None, *more_args, **kwargs
             )
@@ -220,7 +224,6 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         Returns the weighted loss of a micro-batch, a scalar in nats, and what the model returns if `return_outputs`.
         Where a subclass returns another loss, `eval_loss` is its mean over the batches, as in `Trainer`.
         """
-        self.check_settings()
         inputs = dict(inputs)
         example_lengths = inputs.pop("example_lengths", None)
         if example_lengths is not None and self.splits_sequences():

@@ -5,9 +5,7 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -18,6 +16,7 @@ from wit_trl import cli
 from wit_trl.cli import inspect  # noqa: F401
 from wit_trl.report import rows as inspection
 
+from .. import forks
 from ..conftest import train_tokenizer
 
 
@@ -114,22 +113,16 @@ def test_colours_on_a_screenshot(run, browser, model_folder, jsonl, tmp_path):
         assert (pixels == colour).all(-1).sum() > 2000
 
 
-def test_embedded_default(run, tmp_path):
-    process = subprocess.run(
-        [sys.executable, "-c", "from wit_trl.cli import main; main()", "inspect", "--html", "page.html"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
+def test_embedded_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, output = forks.run(forks.wit_trl, "inspect", "--html", "page.html")
+    assert status == 0, output
     assert (
         "model: embedded, a Llama of 2 million parameters\n"
         "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n\n[prompt 0.2]"
-    ) in process.stdout
-    assert process.stdout.count("\n▌Write[prompt 0.2] the Python function") == 3
-    assert re.search(r"What is weighted in [\d,]+ rows", process.stdout)
+    ) in output
+    assert output.count("\n▌Write[prompt 0.2] the Python function") == 3
+    assert re.search(r"What is weighted in [\d,]+ rows", output)
     assert {file.name for file in tmp_path.iterdir()} == {"page.html", "page.png"}  # and no output folder
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 

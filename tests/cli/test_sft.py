@@ -138,26 +138,17 @@ def test_flag_of_the_launcher_is_refused_where_there_is_none(error, tmp_path, js
     assert "Nothing can be written to the output folder data.jsonl" in error("--config", "config.yaml")
 
 
-def wit_trl(*args, cwd, check=True, **environment):
-    environment = (
-        os.environ | {"PYTHONPATH": str(forks.REPOSITORY), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"} | environment
-    )
-    command = [sys.executable, "-m", "wit_trl", *map(str, args)]
-    process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
-    assert not check or process.returncode == 0, process.stdout + process.stderr
-    return process
-
-
 def test_embedded_default_needs_no_extra(tmp_path):
     """As in an environment where none of them is installed."""
     (tmp_path / "none").mkdir()
     hidden = dict.fromkeys(("matplotlib", "peft", "bitsandbytes", "deepspeed"))
     (tmp_path / "none" / "sitecustomize.py").write_text(f"import sys; sys.modules.update({hidden})")
-    process = wit_trl(
-        *("sft", "--max_steps", 1, "--max_length", 24, "--eval_strategy", "no", "--output_dir", "out"),
-        cwd=tmp_path,
-        PYTHONPATH=f"{tmp_path / 'none'}{os.pathsep}{forks.REPOSITORY}",
-    )
+    command = [sys.executable, "-m", "wit_trl", "sft", "--max_steps", "1", "--max_length", "24"]
+    command += ["--eval_strategy", "no", "--output_dir", "out"]
+    path = f"{tmp_path / 'none'}{os.pathsep}{forks.REPOSITORY}"
+    environment = os.environ | {"PYTHONPATH": path, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stdout + process.stderr
     # One evaluation has one value
     lines = [line for line in process.stdout.splitlines() if line.startswith("validation")]
     assert [line.split(":")[0] for line in lines] == ["validation prompt loss", "validation completion loss"]
@@ -199,11 +190,12 @@ def test_two_processes_on_a_cpu_from_a_yaml_file(model_folder, jsonl, tmp_path, 
     assert state["epoch"] == pytest.approx(1 / -(-len(jsonl.read_text().splitlines()) // 6))
 
 
-def test_error_of_two_processes_is_one_sentence_and_no_traceback(tmp_path):
+def test_error_of_two_processes_is_one_sentence_and_no_traceback(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    process = wit_trl("sft", *TWO_PROCESSES, "--output_dir", "file", check=False, cwd=tmp_path)
-    assert process.returncode == 1
-    assert process.stderr.count("error: Nothing can be written to the output folder file.") == 1
-    assert process.stderr.count("error:") == 1
-    assert "Traceback" not in process.stderr
-    assert "elastic" not in process.stderr
+    monkeypatch.chdir(tmp_path)
+    status, output = forks.run(forks.wit_trl, "sft", *TWO_PROCESSES, "--output_dir", "file")
+    assert status == 1
+    assert output.count("error: Nothing can be written to the output folder file.") == 1
+    assert output.count("error:") == 1
+    assert "Traceback" not in output
+    assert "elastic" not in output

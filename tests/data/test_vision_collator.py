@@ -9,12 +9,14 @@ which is how TRL passes them.
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from trl.chat_template_utils import has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from wit_trl import DataCollatorForVisionLanguageWIT
+from wit_trl import DataCollatorForVisionLanguageWIT, WITSFTConfig
 from wit_trl.conversation.chat_template import training_chat_template
+from wit_trl.data.training_rows import check_image_rows
 
 from ..vision_families import FAMILIES, make_processor
 
@@ -383,3 +385,16 @@ def test_system_column_and_arguments_as_json():
     assert "system\nBE KIND" in text
     assert '"arguments": {"x": 1}' in text
     assert batches[1]["input_ids"].tolist() == batches[0]["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_null_arguments_that_arrow_adds_are_left_out_and_told(streaming, tmp_path, caplog):
+    processor = make_processor("qwen3_vl")
+    collator, rows = DataCollatorForVisionLanguageWIT(processor), examples("messages")
+    for row, arguments in zip(rows, ({"x": 1}, {"text": "hi"}), strict=True):
+        call = {"type": "function", "function": {"name": "f0", "arguments": arguments}}
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    data = Dataset.from_list(rows)
+    check_image_rows(data.to_iterable_dataset() if streaming else data, collator, WITSFTConfig(tmp_path, use_cpu=True))
+    assert "Row 0 of the train dataset: in turn 1 of `messages`, the argument `text` of the call of `f0`" in caplog.text
+    assert '"arguments": {"x": 1}' in processor.tokenizer.decode(collator([data[0]])["input_ids"][0])

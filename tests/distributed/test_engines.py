@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ..forks import REPOSITORY, Fork, accelerate_launch, run_python
 from ..forks import run as run_in_fork
-from .worker import SCENARIOS, heading, run
+from .worker import ACCUMULATION, BATCH_SIZE, SCENARIOS, heading, run
 
 
 # A launch that hangs is given up after 270 seconds, and what is after it still runs
@@ -152,7 +152,7 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
-    """A function that returns the same for two processes with batch 2, and accumulation steps to make it 8."""
+    """A function that returns the same for two processes with two batches in each step, of eight rows together."""
 
     @functools.cache
     def train(engine):
@@ -245,5 +245,5 @@ def test_killed_training_resumes_to_the_same_parameters(processes, kill, two_pro
         whole = two_processes("ddp", "weighted")
     else:
         whole = tmp_path / "whole"
-        run(whole, "weighted", 2, 4)
+        run(whole, "weighted", BATCH_SIZE, ACCUMULATION)
     assert_same_parameters(parameters(tmp_path, "weighted-resumed"), parameters(whole, "weighted"), 1e-7)

@@ -37,11 +37,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.helpers import make_trainer
 from wit_trl.loss import one_pass
-from wit_trl.sweep.retention import answers, can_answer
+from wit_trl.sweep import retention
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 LORA_WITH_HEAD = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+retention.MAX_ANSWER_TOKENS = 12  # for each of which every engine gathers the model
 # name: (weights, model, arguments of the trainer's configuration, configuration of PEFT)
 SCENARIOS = {
     "weighted": ((0.2, 0.8), "untied", {"save_strategy": "steps", "save_steps": 2}, None),
@@ -73,9 +74,9 @@ SEQUENCE_PARALLEL_SIZE, CONTEXT_PARALLEL_SIZE = (
 )
 # Set by the test: the number of ranks that share the model, each of which gets every sequence
 TENSOR_PARALLEL_SIZE = int(os.environ.get("TENSOR_PARALLEL_SIZE", 1))
-# With batches of two, eight sequences in every step
+# Eight sequences in every step
 SHARING = SEQUENCE_PARALLEL_SIZE * CONTEXT_PARALLEL_SIZE * TENSOR_PARALLEL_SIZE
-ACCUMULATION = 4 * SHARING // int(os.environ.get("WORLD_SIZE", 1))
+BATCH_SIZE, ACCUMULATION = 4 * SHARING // int(os.environ.get("WORLD_SIZE", 1)), 2
 
 
 def make_model(kind, folder):
@@ -84,7 +85,7 @@ def make_model(kind, folder):
         "vocab_size": 60,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,  # how engines go from layer to layer is theirs
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "head_dim": 8,  # which DeepSpeed's sequence parallelism does not work out where it is `None`
@@ -154,19 +155,19 @@ def make_scenario(folder, scenario, batch_size, accumulation, callbacks=(), **ar
     }
     if SEQUENCE_PARALLEL_SIZE > 1:
         config["pad_to_multiple_of"] = 36  # more than any row: gloo gathers batches of one length only
-    # The interpreter is slow
-    longest = 6 if "triton" in scenario else None
-    train_rows, eval_rows = (
-        Dataset.from_list([{name: values[:longest] for name, values in row.items()} for row in make_rows(count)])
-        for count in (40, 11)
-    )
+    train_rows, eval_rows = make_rows(40), make_rows(11)
+    if "triton" in scenario:  # the interpreter is slow: two to four tokens
+        train_rows, eval_rows = (
+            [{name: values[: 2 + i % 3] for name, values in row.items()} for i, row in enumerate(rows)]
+            for rows in (train_rows, eval_rows)
+        )
     trainer = make_trainer(
         functools.partial(make_model, kind, folder / scenario / "base"),
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
         train_rows,
         {**config, **scenario_arguments, **arguments},
         weights,
-        eval_dataset=eval_rows,
+        eval_dataset=Dataset.from_list(eval_rows),
         peft_config=peft_config,
         callbacks=list(callbacks),
     )
@@ -187,7 +188,7 @@ def run(folder, scenario, batch_size, accumulation):
     metrics = trainer.evaluate()
     rows = trainer.evaluate_rows().to_list() if scenario in ("weighted", "qlora") else []
     prompts = [[5, 9, 12], [7]] if scenario in ("weighted", "qlora") else []
-    written = answers(trainer, prompts) if can_answer(trainer) else None
+    written = retention.answers(trainer, prompts) if retention.can_answer(trainer) else None
     if fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
             parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}
@@ -227,12 +228,12 @@ class Killer(TrainerCallback):
 
 
 def run_killed(folder, scenario):
-    make_scenario(folder, scenario, 2, ACCUMULATION, callbacks=[Killer()]).train()
+    make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION, callbacks=[Killer()]).train()
 
 
 def run_killed_while_saving(folder, scenario):
     """Ends the process in the middle of the second checkpoint, after the model and the optimizer were written."""
-    trainer = make_scenario(folder, scenario, 2, ACCUMULATION)
+    trainer = make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION)
     save_rng_state = trainer._save_rng_state
 
     def save_or_die(output_dir):
@@ -245,7 +246,7 @@ def run_killed_while_saving(folder, scenario):
 
 
 def run_resumed(folder, scenario, checkpoint=True):
-    trainer = make_scenario(folder, scenario, 2, ACCUMULATION)
+    trainer = make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{scenario}-resumed"))
     write_results(trainer, folder / f"{scenario}-resumed")
@@ -257,7 +258,7 @@ def run_resumed_from_the_first_checkpoint(folder, scenario):
 
 def run_evaluating_a_stream(folder, scenario):
     """Evaluates 11 rows as they are stored, and as a stream of two shards, whose last batches differ in size."""
-    trainer = make_scenario(folder, scenario, 2, ACCUMULATION, accelerator_config={"dispatch_batches": False})
+    trainer = make_scenario(folder, scenario, BATCH_SIZE, ACCUMULATION, accelerator_config={"dispatch_batches": False})
     rows = Dataset.from_list(make_rows(11))
     datasets = {"stored": rows, "stream": rows.to_iterable_dataset(num_shards=2)}
     results = {name: trainer.evaluate(dataset) for name, dataset in datasets.items()}
@@ -308,7 +309,7 @@ if __name__ == "__main__":
         if kind:
             RUNS[kind](Path(output), scenario)
         else:
-            run(Path(output), scenario, 2, ACCUMULATION)
+            run(Path(output), scenario, BATCH_SIZE, ACCUMULATION)
         if SEQUENCE_PARALLEL_SIZE > 1:
             del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what replaced transformers' own
     if torch.distributed.is_initialized():

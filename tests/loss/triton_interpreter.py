@@ -83,19 +83,37 @@ def check(inputs, targets, weights, logit_scale, softcap, factors=None, grad=1.0
         x.grad = None
 
 
-@pytest.mark.parametrize("count", [TOKENS, 2])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """A function that sets the number of rows of a chunk, with more than a block of columns in each."""
+
+    def divide(count):
+        monkeypatch.setattr(one_pass, "_chunk_rows", lambda n, *args: (TOKENS, min(n, count)))
+        monkeypatch.setattr(rows, "_COLUMNS", 1024)
+
+    return divide
+
+
+# What the kernel sees of a head: its rows of logits
 @pytest.mark.parametrize(("logit_scale", "softcap"), itertools.product((1.0, 0.7), (None, 5.0)))
 @pytest.mark.parametrize("vocab", [7, 1501, 1536])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_head_equals_float64(dtype, vocab, logit_scale, softcap, bias, count, monkeypatch):
-    monkeypatch.setattr(one_pass, "_chunk_rows", lambda n, *args: (TOKENS, min(n, count)))
-    monkeypatch.setattr(rows, "_COLUMNS", 1024)
-    inputs, targets, weights = make_inputs(dtype, vocab, bias)
-    for frozen in (None, 0, 1):
-        for number, x in enumerate(inputs):
-            x.requires_grad_(number != frozen)
-        check(inputs, targets, weights, logit_scale, softcap, grad=1.0 if frozen is None else 3.0)
+def test_head_equals_float64(dtype, vocab, logit_scale, softcap, in_chunks):
+    in_chunks(2)
+    check(*make_inputs(dtype, vocab, bias=True), logit_scale, softcap)
+
+
+# What is done with the rows that it leaves
+@pytest.mark.parametrize("count", [TOKENS, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_gradient_of_what_is_trained_equals_float64(dtype, frozen, bias, count, in_chunks):
+    in_chunks(count)
+    inputs, targets, weights = make_inputs(dtype, 1501, bias)
+    for number, x in enumerate(inputs):
+        x.requires_grad_(number != frozen)
+    check(inputs, targets, weights, 0.7, 5.0, grad=1.0 if frozen is None else 3.0)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 4])

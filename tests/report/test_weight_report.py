@@ -313,6 +313,7 @@ def labelled(rows):
 
 
 REPLACEMENTS = {
+    "as many rows": lambda dataset, rows: dataset.select([3] * len(dataset)),
     "selection": lambda dataset, rows: dataset.select(range(3, 20)),
     "concatenation": lambda dataset, rows: concatenate_datasets([dataset, dataset.select(range(5))]),
     "prepared stream": lambda dataset, rows: dataset.to_iterable_dataset(),
@@ -336,7 +337,7 @@ def test_replaced_training_set_is_counted_as_it_is(kind, prepared, rows, capsys)
     assert report.rows == len(list(dataset))
     assert report.partial == isinstance(dataset, IterableDataset)
     assert report.dropped is None  # nobody knows of any
-    if kind in ("selection", "concatenation", "prepared stream"):
+    if kind in ("as many rows", "selection", "concatenation", "prepared stream"):
         assert report.truncated == sum(row["truncated"] for row in dataset) > 0
     else:
         assert report.truncated is None

@@ -1,9 +1,12 @@
 """Settings of the loss that are changed after the trainer was made, and the arguments that the user passed."""
 
 import pytest
+import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from wit_trl import WITSFTConfig, WITSFTTrainer
+from wit_trl.loss.token_factors import TOKEN_FACTORS, NamedFactors
 
 from ..helpers import make_trainer
 
@@ -53,6 +56,39 @@ def test_setting_that_is_changed_in_the_middle_of_a_training_is_refused(rows, ma
     with pytest.raises(ValueError, match="`loss_divisor` was 'count' and is 'weights'"):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_settings_are_checked_once_in_each_step(rows, make_model, tokenizer, config_kwargs, monkeypatch):
+    checked = []
+    check_settings = WITSFTTrainer.check_settings
+    monkeypatch.setattr(WITSFTTrainer, "check_settings", lambda self: checked.append(check_settings(self)))
+    trainer = make_trainer(make_model, tokenizer, rows, {**config_kwargs, "print_weight_report": False})
+    checked.clear()
+    trainer.train()
+    assert len(checked) == 1 + config_kwargs["max_steps"]  # at the start, and for the micro-batches of a step together
+
+
+def test_callbacks_see_the_loss_type_that_was_passed(rows, make_model, tokenizer, config_kwargs):
+    class Recorder(TrainerCallback):
+        def on_init_end(self, args, state, control, **kwargs):
+            self.loss_type = args.loss_type
+
+    recorder = Recorder()
+    make_trainer(make_model, tokenizer, rows, {**config_kwargs, "loss_type": "dft"}, callbacks=[recorder])
+    assert recorder.loss_type == "dft"
+
+
+def test_factor_that_trl_does_not_know_can_be_named(rows, make_model, tokenizer, config_kwargs, monkeypatch):
+    monkeypatch.setitem(TOKEN_FACTORS, "half", NamedFactors("a half", lambda nll, entropy: torch.full_like(nll, 0.5)))
+    losses = []
+    for name in ("nll", "half"):
+        args = WITSFTConfig(**config_kwargs)
+        args.loss_type = name
+        trainer = WITSFTTrainer(make_model(), args, None, Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.train()
+        assert trainer.args.loss_type == name
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,11 @@ def test_wrong_row_is_refused_before_the_training(wrong, llava, llava_rows, conf
         make_vision_trainer("llava", llava, rows, config_kwargs)
 
 
+def test_role_that_no_turn_with_images_has_is_told(llava, llava_rows, config_kwargs, caplog):
+    make_vision_trainer("llava", llava, llava_rows, config_kwargs | {"role_loss_weights": {"sytem": 0.5}})
+    assert "names ['sytem'], but the first 1,000 rows of the train dataset have only" in caplog.text
+
+
 def test_stream_trains_as_the_data_set_does(llava, llava_rows, config_kwargs):
     kwargs = config_kwargs | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 2}
     dataset = Dataset.from_list([{**row, "weight": 1.5} for row in llava_rows])

@@ -12,10 +12,10 @@ from trl import pack_dataset
 
 from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
-from .columns import warn_of_ignored_columns
+from .columns import warn_of_ignored_columns, warn_of_messages
 from .preparation import DataPreparation
 from .prepared_rows import SPANS_COLUMN, STREAMED_ROWS, TARGET_COLUMNS, TOKEN_COLUMNS, AnyDataset, RowLengths
-from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows
+from .vision_collator import DataCollatorForVisionLanguageWIT, check_rows, columns_of
 
 
 logger = get_logger(__name__)
@@ -153,7 +153,7 @@ def _check_targets(rows: AnyDataset, regions: list[str], preparation: DataPrepar
 def check_image_rows(dataset: AnyDataset, collator: DataCollatorForVisionLanguageWIT, args: WITSFTConfig) -> None:
     """
     Raises `ValueError` if a row is wrong but for its images, which are not read, or if no row has a target, in its
-    completion if that has a weight: it stops at the first that has one.
+    completion if that has a weight: it stops at the first that has one. Tells the rest as for rows of text.
     """
     in_completion = args.completion_loss_weight > 0
 
@@ -161,18 +161,24 @@ def check_image_rows(dataset: AnyDataset, collator: DataCollatorForVisionLanguag
         batch = collator([row])
         return (batch["labels"] != -100).any() and (not in_completion or (batch["completion_mask"] == 1).any())
 
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+    is_stored = isinstance(dataset, Dataset)
+    has_transform = is_stored and dataset.format["type"] == "custom"  # which may make other rows of them
+    if is_stored and not has_transform:
         warn_of_ignored_columns({*dataset.column_names}, {"tools"}, "train")  # which TRL's collator does not render
         texts = dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
         function = functools.partial(check_rows, text_field=collator.dataset_text_field)
         DataPreparation(args, collator.processor, "train").map_rows(
             texts, function, "Checking rows", texts.column_names
         )
-    # A stream may have no end
-    if not any(map(has_target, itertools.islice(dataset, None if isinstance(dataset, Dataset) else STREAMED_ROWS))):
+    rows = itertools.islice(dataset, None if is_stored else STREAMED_ROWS)  # a stream may have no end
+    example = next(rows)
+    if not any(map(has_target, itertools.chain([example], rows))):
         raise ValueError(
             f"No example of the train dataset has a token left to train on{' in its completion' * in_completion}. The "
             "weights of prompt and completion are "
             f"{(args.prompt_loss_weight, args.completion_loss_weight)}, and `max_length` is {args.max_length}. Raise "
             "`max_length`, give the other region a weight, or check the data."
         )
+    if not has_transform:
+        columns, roles = columns_of(example, collator.dataset_text_field), args.structure_weights.role_loss_weights
+        warn_of_messages(dataset.with_format(None), example, (*columns,), roles, "train")

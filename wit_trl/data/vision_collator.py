@@ -138,7 +138,7 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
         return rows
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        columns, structure = _columns(examples[0], self.dataset_text_field), self.structure_weights
+        columns, structure = columns_of(examples[0], self.dataset_text_field), self.structure_weights
         is_pair, is_messages = columns == ["prompt", "completion"], columns == ["messages"]
         chat_template = (self.chat_template or chosen_chat_template(self.processor)) if is_messages else None
         has_marks = is_messages and has_generation_markers(chat_template)
@@ -241,11 +241,12 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
 def check_rows(rows: list[dict[str, Any]], text_field: str) -> list[dict[str, Any]]:
     """Raises `ValueError` for what is wrong in an example, apart from its images."""
     for row in rows:
-        _complete_row(row, _columns(row, text_field), text_field)
+        _complete_row(row, columns_of(row, text_field), text_field)
     return [{"checked": True}] * len(rows)
 
 
-def _columns(example: dict[str, Any], text_field: str) -> list[str]:
+def columns_of(example: dict[str, Any], text_field: str) -> list[str]:
+    """Returns the columns with what is trained on, apart from images."""
     if "messages" in example:
         return ["messages"]
     return [text_field] if text_field in example and "completion" not in example else ["prompt", "completion"]

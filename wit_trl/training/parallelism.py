@@ -109,6 +109,7 @@ class ParallelMixin(Trainer):
         Returns the batches of a step. Where a stream ends with too few for a step, they begin the first step of the
         next epoch. `Trainer` would add their gradient to that of this step.
         """
+        self.check_settings()  # which a callback may have changed
         batches = [*self._left_over, *itertools.islice(epoch_iterator, num_batches - len(self._left_over))]
         self._left_over = batches if len(batches) < num_batches else []
         if not self._left_over:
