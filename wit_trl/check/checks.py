@@ -14,7 +14,7 @@ from ..config import WITSFTConfig
 from ..loss import one_pass
 from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy, wit_loss
 from ..trainer import WITSFTTrainer
-from ..training.evaluation import set_for_now
+from ..training.attributes import set_for_now
 from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors, head_inputs
 from .timing import measured
 from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, differences

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from ..check.checks import KERNELS, Check, check_kernels, check_loss, check_trainers, time_heads
 from ..loss.functions import uses_one_pass
-from ..training.evaluation import set_for_now
+from ..training.attributes import set_for_now
 from .arguments import Arguments
 from .inspection import header, show
 from .loading import errors_of_model
