@@ -16,7 +16,7 @@ from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy, wi
 from ..trainer import WITSFTTrainer
 from ..training.attributes import set_for_now
 from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors, head_inputs
-from .timing import measured
+from .timing import measured_head
 from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, differences
 
 
@@ -135,32 +135,15 @@ def time_heads(device: str, hidden_size: int, vocabulary: int) -> dict[str, floa
     training has by default.
     """
     tokens, repeats, dtype = (64, 2, torch.float32) if device == "cpu" else (8192, 10, torch.bfloat16)
-    hidden_states, weight, _, targets, token_weights = head_inputs(device, dtype, tokens, hidden_size, vocabulary)
-    index = token_weights.nonzero().squeeze(1)
-    kept = hidden_states[index]
-
-    def products():
-        logits = kept @ weight.t()
-        logits @ weight
-        logits.t() @ kept
-
-    calls: dict[str, Callable[[], None]] = {"products": products}
-    # Elsewhere than on CPUs, TRL's forward selects the rows that have a label, whichever kernel runs
-    rows = slice(None) if device == "cpu" else index
+    inputs = head_inputs(device, dtype, tokens, hidden_size, vocabulary)
+    losses: dict[str, Callable[..., torch.Tensor] | None] = {"products": None}
     for name in KERNELS:
-
-        def call(name: str = name) -> None:
-            inputs = (hidden_states[rows], weight, targets[rows], token_weights[rows])
-            weighted_linear_cross_entropy(*inputs, fused_head=name).loss.backward()
-            hidden_states.grad = weight.grad = None
-
-        calls[name] = call
+        losses[name] = lambda *args, name=name: weighted_linear_cross_entropy(*args, fused_head=name).loss
     found = {}
-    for name, timed in calls.items():
-        hidden_states.requires_grad_(name != "products")
-        weight.requires_grad_(name != "products")
+    for name, loss in losses.items():
         try:
-            found[name] = measured(timed, device, repeats)["seconds"]
+            # Elsewhere than on CPUs, TRL's forward selects the rows that have a label, whichever kernel runs
+            found[name] = measured_head(loss, inputs, device, repeats, selects=device != "cpu")["seconds"]
         except Exception:  # as in `_run`; a kernel that fails is told there
             found[name] = math.inf
     return found
