@@ -48,7 +48,8 @@ def test_all_is_right_and_written_to_the_file_alone(run, tmp_path):
     assert values["versions"] in output
 
 
-def test_the_loss_of_a_model_and_its_data(run, make_model, tokenizer, tmp_path):
+def test_the_loss_of_a_model_and_its_data(run, make_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "check_trainers", lambda device: [])
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"The sum of {i} and 1 is", "completion": f" {i + 1}."} for i in range(4)]
@@ -59,7 +60,9 @@ def test_the_loss_of_a_model_and_its_data(run, make_model, tokenizer, tmp_path):
     assert status == 0
     assert "Row 0: " in output
     assert "hidden size 32, vocabulary 500" in output
-    assert "tokens of the data" in output
+    names = [line.split("   ")[1].strip() for line in output.splitlines() if "tokens of the data" in line]
+    of_trl = [f"({prompt}, 1) as SFTTrainer, {what}" for prompt in (0, 1) for what in ("loss", "gradient")]
+    assert [name.split(" of ")[0] for name in names] == ["loss", *of_trl]
     assert {*tmp_path.rglob("*")} == before
 
 

@@ -12,18 +12,20 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from datasets import Dataset, DatasetDict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig
 
-from ..check.checks import KERNELS, Check, check_kernels, check_loss, check_trainers, time_heads
+from ..check.checks import KERNELS, Check, check_kernels, check_trainers, time_heads
+from ..check.own_model import check_endpoints, check_loss
 from ..loss.functions import uses_one_pass
 from ..training.attributes import set_for_now
 from .arguments import Arguments
 from .inspection import header, show
-from .loading import errors_of_model
+from .loading import errors_of_model, select_splits
 from .sft import prepare
 from .versions import versions
 
@@ -53,13 +55,19 @@ def head_sizes(arguments: Arguments) -> tuple[int, int]:
 
 
 def check_model(arguments: Arguments) -> Iterator[Check]:
-    """Shows the first row with its regions, and checks the loss on the user's model."""
+    """Shows the first row with its regions, and checks the loss on the user's model, with a micro-batch of rows."""
+    args, split = arguments.training, arguments.script.dataset_train_split
     with tempfile.TemporaryDirectory() as folder:
-        arguments.training.output_dir = folder
-        arguments.training.eval_strategy, arguments.training.eval_on_start = "no", False
-        trainer, _ = prepare(arguments)
+        args.output_dir, args.push_to_hub, args.eval_strategy, args.eval_on_start = folder, False, "no", False
+        trainer, dataset = prepare(arguments)
         show(header(arguments), trainer, 1, None, None)
         yield check_loss(trainer)
+        rows = Dataset.from_list(
+            list(itertools.islice(dataset[split], args.per_device_train_batch_size)), dataset[split].features
+        )
+        yield from check_endpoints(
+            trainer, select_splits(DatasetDict({split: rows}), [split], trainer.processing_class, args)[split]
+        )
 
 
 def advice(seconds: dict[str, float], device: str, wrong: set[str]) -> str:
@@ -84,6 +92,9 @@ def table(found: list[Check], seconds: dict[str, float], sizes: tuple[int, int])
     """Yields the results, and the times of head and loss."""
     checks = Table("", "compared", "difference over norm", "allowed", "", box=SIMPLE_HEAD)
     for result in found:
+        if result.skipped is not None:
+            checks.add_row("-", Text(result.name), "", "", Text(result.skipped))
+            continue
         mark = Text("✓", "green") if result.is_right else Text("✗", "red")
         meaning = "" if result.is_right else result.remedy if result.error is None else result.error
         checks.add_row(mark, Text(result.name), f"{result.figure:.1e}", f"{result.limit:.0e}", Text(meaning))
