@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy
 from ..trainer import WITSFTTrainer
 from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors, head_inputs
 from .timing import measured_head
-from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, differences
+from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, Trained, differences
 
 
 KERNELS: dict[str, Kernel] = {"one_pass": one_pass.weighted_nll, "trl": trl_weighted_nll}
@@ -69,20 +70,16 @@ def check_kernels(device: str, tokens: int = 60, hidden_size: int = 96, vocabula
         yield compare(f"head {name}, {str(dtype).removeprefix('torch.')}", limit, remedy, measure, kernel=name)
 
 
+def wit_training(train: TinyTraining, prompt: float, completion: float, **arguments: Any) -> Trained:
+    """Trains with these weights of prompt and completion."""
+    weights = {"prompt_loss_weight": prompt, "completion_loss_weight": completion}
+    return train(WITSFTTrainer, WITSFTConfig, print_weight_report=False, **weights, **arguments)
+
+
 def check_trainers(device: str) -> Iterator[Check]:
     """Trains as `SFTTrainer` does, in every layout of a batch, and as one step split into other micro-batches."""
     train = TinyTraining(device)
-
-    def wit(prompt: float, completion: float, **arguments):
-        return train(
-            WITSFTTrainer,
-            WITSFTConfig,
-            prompt_loss_weight=prompt,
-            completion_loss_weight=completion,
-            print_weight_report=False,
-            **arguments,
-        )
-
+    wit = functools.partial(wit_training, train)
     for (layout, arguments), (weights, of_trl) in itertools.product(LAYOUTS.items(), ENDPOINTS.items()):
 
         def measure(weights=weights, arguments=arguments, of_trl=of_trl):

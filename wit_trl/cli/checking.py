@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -24,6 +24,7 @@ from ..check.own_model import check_endpoints, check_loss
 from ..loss.functions import uses_one_pass
 from ..training.attributes import set_for_now
 from .arguments import Arguments
+from .check_ranks import check_ranks
 from .inspection import header, show
 from .loading import errors_of_model, select_splits
 from .sft import prepare
@@ -111,8 +112,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def check(arguments: Arguments, file: str | None) -> bool:
-    """Prints all results, and writes them to a file if one is named. Returns whether all are right."""
+def check(arguments: Arguments, file: str | None, launch_flags: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """
+    Prints all results, and writes them to a file if one is named. Returns whether all are right. With flags of the
+    launcher, ranks are launched with them in this environment.
+    """
     device = arguments.training.device.type
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -120,6 +124,8 @@ def check(arguments: Arguments, file: str | None) -> bool:
     console, found = Console(highlight=False), []
     console.print(versions(), markup=False)
     sources = [check_kernels(device), check_trainers(device)]
+    if launch_flags:
+        sources.append(check_ranks(device, launch_flags, environment))
     if arguments.model.model_name_or_path is not None:
         sources.append(check_model(arguments))
     sizes = head_sizes(arguments)
