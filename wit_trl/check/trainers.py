@@ -68,7 +68,9 @@ class TinyTraining:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         losses = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
-        after = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, where the model is sharded
+        after = trainer.model.state_dict()
+        if trainer.args.world_size > 1:
+            after = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, where the model is sharded
         if not trainer.is_world_process_zero():
             return Trained(losses, torch.tensor(()))
         return Trained(losses, torch.cat([(after[name].cpu() - x).flatten() for name, x in before.items()]))
