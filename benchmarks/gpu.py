@@ -3,30 +3,31 @@ The LM head and the training step on a GPU: against float64, then time and memor
 
     python benchmarks/gpu.py [--output runs/gpu] [--minutes 10]
 
-Each contender runs in a process of its own, this package first. A process that crashes or lacks a package costs the
-case it was in. `gpu.json` is written after every case, and a summary is printed at the end. The head needs torch and
-Triton alone; TRL's head, and the steps, need the packages of `setup.cfg`; `liger` and `cce` need `liger-kernel` and
-`cut-cross-entropy`. Ends with status 1 if the head of this package is wrong.
+Each head runs in a process of its own, this package first. The steps of three trainers alternate in one process, which
+holds their models: up to 40 GB. A process that crashes or lacks a package costs the case it was in. `gpu.json` is
+written after every case, and a summary is printed at the end. The head needs torch and Triton alone; TRL's head, and
+the steps, need the packages of `setup.cfg`; `liger` and `cce` need `liger-kernel` and `cut-cross-entropy`. Ends with
+status 1 if the head of this package is wrong.
 """
 
 import argparse
 import collections
+import functools
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from contenders import SELECTING, loss_function
 
 from wit_trl.check.kernels import HEAD_CASES, LIMITS, head_errors, head_inputs
-from wit_trl.check.timing import measured, peak_memory, synchronize
+from wit_trl.check.timing import measured_head
 from wit_trl.loss import one_pass
 
 
@@ -43,39 +44,11 @@ TIMED_HEADS = {
     "Qwen2.5-0.5B, half of 8192": (8192, 896, 151936, 0.5, False, None),
     "Gemma-2-2B, half of 8192": (8192, 2304, 256000, 0.5, False, 30.0),
 }
-LLAMA = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-QWEN = {
-    "vocab_size": 151936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-# name: (kind of model, its configuration, weight of the prompt, LoRA); the weight of the completion is 1
-STEPS = {
-    "step, Llama-3.2-1B, λp = 0": ("llama", LLAMA, 0.0, False),
-    "step, Llama-3.2-1B, λp = 0.2": ("llama", LLAMA, 0.2, False),
-    "step, Llama-3.2-1B, λp = 0.2, LoRA": ("llama", LLAMA, 0.2, True),
-    "step, Qwen2.5-0.5B, λp = 0.2": ("qwen2", QWEN, 0.2, False),
-}
-SEQUENCE, BATCH, WARM_UP = 1024, 4, 3
 RESULT = "result:"  # before each line of a worker
 # What runs, in this order
 JOBS = (
     *(("check", "wit_trl"), ("head", "wit_trl"), ("head", "products"), ("check", "trl"), ("head", "trl")),
-    *(("step", "wit_trl"), ("step", "trl"), ("head", "liger"), ("head", "cce"), ("head", "original")),
-    ("step", "wit_trl, fused_head=trl"),
+    *(("step", "trainers"), ("head", "liger"), ("head", "cce"), ("head", "original")),
 )
 
 
@@ -102,129 +75,39 @@ def head(contender: str, device: str, repeats: int) -> Iterator[tuple[str, Calla
     for name, (tokens, hidden_size, vocabulary, zero_share, frozen, softcap) in TIMED_HEADS.items():
 
         def run(sizes=(tokens, hidden_size, vocabulary, zero_share), frozen=frozen, softcap=softcap):
-            hidden, weight, _, targets, token_weights = head_inputs(device, torch.bfloat16, *sizes)
-            index = token_weights.nonzero().squeeze(1)
-            if contender == "products":
-                kept = hidden[index]
+            inputs = head_inputs(device, torch.bfloat16, *sizes)
+            loss, count = None, inputs[-1].count_nonzero()
+            if contender != "products":
+                function = loss_function(contender, device, softcap)
 
-                def call():
-                    logits = kept @ weight.t()
-                    logits @ weight
-                    if not frozen:
-                        logits.t() @ kept
+                def loss(*args):
+                    return function(*args, count)
 
-            else:
-                hidden.requires_grad_()
-                weight.requires_grad_(not frozen)
-                loss = loss_function(contender, device, softcap)
-                # TRL gives only the weighted tokens to its kernel
-                rows = index if contender in (*SELECTING, "trl") else slice(None)
-
-                def call():
-                    loss(hidden[rows], weight, targets[rows], token_weights[rows], len(index)).backward()
-                    hidden.grad = weight.grad = None
-
-            return measured(call, device, repeats)
+            # TRL gives only the weighted tokens to its kernel
+            selects = contender in (*SELECTING, "trl")
+            return measured_head(loss, inputs, device, repeats, selects, frozen)
 
         yield name, run
 
 
-def step(contender: str, device: str, repeats: int) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """Yields names of cases, and what trains in each: on random rows, half of them prompt."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+def step(device: str, repeats: int) -> Iterator[tuple[str, Callable[[], Iterable[dict]]]]:
+    """Yields names of cases, and what trains in each. It returns results that grow."""
+    import steps  # which needs the packages of `setup.cfg`
 
-    from wit_trl import WITSFTConfig, WITSFTTrainer
-
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.seconds = []
-
-        def on_step_begin(self, *args, **kwargs):
-            synchronize(device)
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs):
-            synchronize(device)
-            self.seconds.append(time.perf_counter() - self.start)
-
-    for name, (kind, config, prompt_loss_weight, lora) in STEPS.items():
-
-        def run(kind=kind, config=config, prompt_loss_weight=prompt_loss_weight, lora=lora):
-            torch.manual_seed(0)
-            with torch.device(device):
-                model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=torch.bfloat16)
-            generator = torch.Generator().manual_seed(1)
-            rows = [
-                {
-                    # Of few tokens, so that there is something to learn
-                    "input_ids": torch.randint(
-                        2, min(model.vocab_size, 1000), (SEQUENCE,), generator=generator
-                    ).tolist(),
-                    "completion_mask": [0] * (SEQUENCE // 2) + [1] * (SEQUENCE - SEQUENCE // 2),
-                }
-                for _ in range(BATCH * 8)
-            ]
-            tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-            kwargs = {
-                "output_dir": tempfile.mkdtemp(),
-                "max_steps": repeats + WARM_UP,
-                "per_device_train_batch_size": BATCH,
-                "bf16": False,  # the model is in bfloat16 itself
-                "use_cpu": device == "cpu",
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "logging_steps": 1,
-            }
-            if contender == "trl":
-                args, trainer_class = SFTConfig(completion_only_loss=prompt_loss_weight == 0, **kwargs), SFTTrainer
-            else:
-                fused_head = "one_pass" if contender == "wit_trl" else "trl"
-                args = WITSFTConfig(
-                    completion_loss_weight=1.0,
-                    prompt_loss_weight=prompt_loss_weight,
-                    fused_head=fused_head,
-                    print_weight_report=False,
-                    **kwargs,
-                )
-                trainer_class = WITSFTTrainer
-            clock = Clock()
-            trainer = trainer_class(
-                model,
-                args,
-                train_dataset=Dataset.from_list(rows),
-                processing_class=PreTrainedTokenizerFast(
-                    tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
-                ),
-                peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
-                callbacks=[clock],
-            )
-            if device != "cpu":
-                torch.accelerator.reset_peak_memory_stats()
-            trainer.train()
-            return {
-                "seconds": statistics.median(clock.seconds[WARM_UP:]),
-                "MiB": peak_memory(device),
-                "all_seconds": clock.seconds,
-                "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-            }
-
-        yield name, run
+    for name in steps.CASES:
+        yield name, functools.partial(steps.time_trainers, name, device, max(1, repeats // 2))
 
 
 def work(kind: str, contender: str, device: str, repeats: int, first: int, last: int | None) -> None:
-    """Runs cases in this process. Prints a line of JSON before the first one, and after each."""
-    if kind == "check":
-        cases = [*check(contender, device)]
+    """Runs cases in this process. Prints a line of JSON before the first one, and for each result."""
+    if kind == "step":
+        cases = [*step(device, repeats)]
     else:
-        cases = [*(head if kind == "head" else step)(contender, device, repeats)]
+        cases = [*(check(contender, device) if kind == "check" else head(contender, device, repeats))]
     print(RESULT, json.dumps({"cases": [name for name, _ in cases]}), flush=True)
     for name, run in cases[first:last]:
-        print(RESULT, json.dumps({"case": name, **run()}), flush=True)
+        for result in run() if kind == "step" else [run()]:
+            print(RESULT, json.dumps({"case": name, **result}), flush=True)
 
 
 def run_job(arguments: list[str], contender: str, kind: str, deadline: float) -> Iterator[tuple[str, dict]]:
@@ -248,21 +131,32 @@ def run_job(arguments: list[str], contender: str, kind: str, deadline: float) ->
                 if "cases" in result:
                     names = result["cases"]
                 else:
-                    done += 1
+                    done += not result.pop("is_partial", False)
                     yield result.pop("case"), result
             status = process.wait()
             timer.cancel()
             stderr.seek(0)
-            reason = stderr.read().strip()[-4000:] or f"exit status {status}"
+            reason = (status and stderr.read().strip()[-4000:]) or f"exit status {status}"
         if time.monotonic() >= deadline:
             yield "time", {"error": "The time was up."}
             return
         if names is None:
             yield "all", {"error": reason}
             return
-        if status and done < (before + 1 if last else len(names)):  # else it had finished
+        if done < (before + 1 if last else len(names)):  # else it had finished, whatever ended it then
             yield names[done], {"error": reason}
             done += 1
+
+
+def _line(contender: str, result: dict, own: float) -> str:
+    """Returns time and memory of a contender, and its time over that of this package."""
+    low, median, high = (1000 * x for x in (result["quartiles"][0], result["seconds"], result["quartiles"][1]))
+    line = (
+        f"{contender} {median:.2f} ({low:.2f} to {high:.2f}) ms, {result['seconds'] / own:.2f}, {result['MiB']:.0f} MiB"
+    )
+    if "loss_difference" in result:
+        line += f", losses differ by {result['loss_difference']:.1e}"
+    return line
 
 
 def summary(results: dict[str, dict[str, dict]]) -> Iterator[str]:
@@ -277,23 +171,19 @@ def summary(results: dict[str, dict[str, dict]]) -> Iterator[str]:
                 right = sum(result.get("is_right", False) for result in of_dtype)
                 most = max(errors, key=lambda error: (error != error, error), default=float("nan"))  # NaN is the most
                 yield f"{contender} in {name}: {right} of {len(of_dtype)} right, {most:.1e} off, {limit:.0e} allowed"
-    for case in (*TIMED_HEADS, *STEPS):
-        found: dict[str, dict] = {
-            key.split(", ", 1)[1]: r[case] for key, r in results.items() if "seconds" in r.get(case, {})
-        }
-        own = found.get("wit_trl", {}).get("seconds", float("nan"))
-        if "wit_trl" in found and "losses" in found.get("trl", {}) and case.endswith("λp = 0"):
-            pairs = zip(found["wit_trl"]["losses"], found["trl"]["losses"], strict=True)
-            yield f"{case}: losses of all steps differ from TRL's by at most {max(abs(a - b) for a, b in pairs):.4f}"
-        cells = (
-            f"{c} {1000 * r['seconds']:.2f} ms ({r['seconds'] / own:.2f}) {r['MiB']:.0f} MiB" for c, r in found.items()
-        )
-        if found:
-            yield f"{case}: {'; '.join(cells)}"
+    failed = []
+    by_case: dict[str, dict[str, dict]] = collections.defaultdict(dict)
     for key, cases in results.items():
         for case, result in cases.items():
-            if "error" in result:
-                yield f"{key}, {case}: did not run: {result['error'].splitlines()[-1][:200]}"
+            for contender, part in [(key.split(", ", 1)[1], result), *result.get("trainers", {}).items()]:
+                if "seconds" in part:
+                    by_case[case][contender] = part
+                if "error" in part:
+                    failed.append(f"{contender}, {case}: did not run: {part['error'].splitlines()[-1][:200]}")
+    for case, found in by_case.items():
+        own = found.get("wit_trl", {}).get("seconds", float("nan"))
+        yield f"{case}: {'; '.join(_line(contender, result, own) for contender, result in found.items())}"
+    yield from failed
 
 
 def main() -> None:
@@ -318,7 +208,8 @@ def main() -> None:
     arguments = ["--device", args.device, "--repeats", str(args.repeats)]
     for kind, contender in (job for job in JOBS if args.only in ", ".join(job)):
         for case, result in run_job(arguments, contender, kind, deadline):
-            results[f"{kind}, {contender}"][case] = result
+            of_job = results[f"{kind}, {contender}"]
+            of_job[case] = of_job.get(case, {}) | result  # a failure leaves what was measured before
             found = {"device": name, "torch": torch.__version__, "results": results}
             (args.output / "gpu.json").write_text(json.dumps(found, indent=1))
         print(f"{kind}, {contender}: {len(results[f'{kind}, {contender}'])} cases", flush=True)

@@ -22,8 +22,9 @@ from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_
 from .loss.lm_head import check_logits, prepare_lm_head, weighted_forward
 from .loss.token_factors import TOKEN_FACTORS, NamedFactors
 from .report.weight_report import WeightReport, print_report, weigh
+from .training.attributes import set_for_now
 from .training.checkpoints import LossWeightsCallback, checkpoint_to_resume
-from .training.evaluation import EvaluationMixin, set_for_now
+from .training.evaluation import EvaluationMixin
 from .training.metrics import TERMS, TERMS_OF_SPANS, EvaluationSums, TrainingSums, token_terms
 from .training.model_card import PAPER, complete_card
 from .training.parallelism import PACKED_MESSAGE, ParallelMixin

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -48,7 +49,8 @@ def test_all_is_right_and_written_to_the_file_alone(run, tmp_path):
     assert values["versions"] in output
 
 
-def test_the_loss_of_a_model_and_its_data(run, make_model, tokenizer, tmp_path):
+def test_the_loss_of_a_model_and_its_data(run, make_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "check_trainers", lambda device: [])
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"The sum of {i} and 1 is", "completion": f" {i + 1}."} for i in range(4)]
@@ -59,7 +61,9 @@ def test_the_loss_of_a_model_and_its_data(run, make_model, tokenizer, tmp_path):
     assert status == 0
     assert "Row 0: " in output
     assert "hidden size 32, vocabulary 500" in output
-    assert "tokens of the data" in output
+    names = [line.split("   ")[1].strip() for line in output.splitlines() if "tokens of the data" in line]
+    of_trl = [f"({prompt}, 1) as SFTTrainer, {what}" for prompt in (0, 1) for what in ("loss", "gradient")]
+    assert [name.split(" of ")[0] for name in names] == ["loss", *of_trl]
     assert {*tmp_path.rglob("*")} == before
 
 
@@ -128,6 +132,28 @@ def test_a_file_that_cannot_be_written_is_refused_first(run):
     assert message == "error: Cannot write missing/check.json: there is no folder missing. Create it first."
 
 
-def test_flags_of_the_launcher_are_refused(run):
-    _, message = run("--num_processes", "2")
-    assert message == "error: --num_processes is a flag of the launcher, but `wit-trl check` uses one process."
+@pytest.mark.parametrize(
+    ("flags", "devices", "launched"),
+    [
+        ((), 0, []),
+        ((), 2, ["--multi_gpu", "--num_processes", "2"]),
+        (("--use_cpu", "True"), 2, []),
+        (("--accelerate_config", "multi_gpu"), 2, ["--accelerate_config", "multi_gpu"]),
+    ],
+)
+def test_ranks_are_launched_with_a_flag_or_several_devices(flags, devices, launched, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: devices)
+    found = []
+    monkeypatch.setattr(checking, "check", lambda *args: found.append((*args, os.environ["CUDA_VISIBLE_DEVICES"])))
+    with pytest.raises(SystemExit):
+        cli.main(["check", *flags])
+    ((_, _, launch_flags, environment, visible),) = found
+    assert launch_flags == launched
+    assert environment["CUDA_VISIBLE_DEVICES"] == "5,6"  # of the ranks
+    assert visible == "5"
+
+
+def test_an_unknown_configuration_is_refused_first(run):
+    _, message = run("--accelerate_config", "fsdb")
+    assert message.startswith("error: --accelerate_config is fsdb, but there is no such file. Shipped are ")

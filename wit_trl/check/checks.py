@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +13,17 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import WITSFTConfig
 from ..loss import one_pass
-from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy, wit_loss
+from ..loss.functions import trl_weighted_nll, weighted_linear_cross_entropy
 from ..trainer import WITSFTTrainer
-from ..training.evaluation import set_for_now
 from .kernels import HEAD_CASES, LIMITS, Kernel, head_errors, head_inputs
-from .timing import measured
-from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, differences
+from .timing import measured_head
+from .trainers import ENDPOINTS, LAYOUTS, SPLITS, TinyTraining, Trained, differences
 
 
 KERNELS: dict[str, Kernel] = {"one_pass": one_pass.weighted_nll, "trl": trl_weighted_nll}
 # Of losses and parameters in float32, which a sum in another order rounds in another way
 TRAINING_LIMIT = 1e-4
+NO_MEMORY = "It does not fit into the memory of the device."
 _OTHER = {"one_pass": "trl", "trl": "one_pass"}
 
 
@@ -36,15 +37,19 @@ class Check:
     remedy: str  # what a figure above the limit means, and what avoids it
     error: str | None = None
     kernel: str | None = None  # that was checked, a `fused_head`
+    skipped: str | None = None  # why nothing was compared
 
     @property
     def is_right(self) -> bool:
-        return self.figure <= self.limit  # which NaN is not
+        return self.skipped is not None or self.figure <= self.limit  # which NaN is not
 
 
-def _run(name: str, limit: float, remedy: str, measure: Callable[[], float], kernel: str | None = None) -> Check:
+def compare(name: str, limit: float, remedy: str, measure: Callable[[], float], kernel: str | None = None) -> Check:
+    """Returns the result of a measurement, which may fail."""
     try:
         figure, message = measure(), None
+    except torch.OutOfMemoryError:
+        return Check(name, math.nan, limit, remedy, kernel=kernel, skipped=NO_MEMORY)
     except Exception as error:  # whatever a kernel or a device raises
         figure, message = math.inf, f"{type(error).__name__}: {error}"
     return Check(name, figure, limit, remedy, message, kernel)
@@ -62,23 +67,19 @@ def check_kernels(device: str, tokens: int = 60, hidden_size: int = 96, vocabula
             f"The kernel `{name}` of the LM head is wrong in {str(dtype).removeprefix('torch.')}. Set "
             f'`fused_head="{_OTHER[name]}"`.'
         )
-        yield _run(f"head {name}, {str(dtype).removeprefix('torch.')}", limit, remedy, measure, kernel=name)
+        yield compare(f"head {name}, {str(dtype).removeprefix('torch.')}", limit, remedy, measure, kernel=name)
+
+
+def wit_training(train: TinyTraining, prompt: float, completion: float, **arguments: Any) -> Trained:
+    """Trains with these weights of prompt and completion."""
+    weights = {"prompt_loss_weight": prompt, "completion_loss_weight": completion}
+    return train(WITSFTTrainer, WITSFTConfig, print_weight_report=False, **weights, **arguments)
 
 
 def check_trainers(device: str) -> Iterator[Check]:
     """Trains as `SFTTrainer` does, in every layout of a batch, and as one step split into other micro-batches."""
     train = TinyTraining(device)
-
-    def wit(prompt: float, completion: float, **arguments):
-        return train(
-            WITSFTTrainer,
-            WITSFTConfig,
-            prompt_loss_weight=prompt,
-            completion_loss_weight=completion,
-            print_weight_report=False,
-            **arguments,
-        )
-
+    wit = functools.partial(wit_training, train)
     for (layout, arguments), (weights, of_trl) in itertools.product(LAYOUTS.items(), ENDPOINTS.items()):
 
         def measure(weights=weights, arguments=arguments, of_trl=of_trl):
@@ -86,7 +87,7 @@ def check_trainers(device: str) -> Iterator[Check]:
             return float(np.max([*differences(wit(*weights, **arguments), expected).values()]))
 
         remedy = f"Rows that are {layout} train otherwise than in `SFTTrainer`. Use another layout of the batch."
-        yield _run(f"({weights[0]:g}, {weights[1]:g}) as SFTTrainer, {layout}", TRAINING_LIMIT, remedy, measure)
+        yield compare(f"({weights[0]:g}, {weights[1]:g}) as SFTTrainer, {layout}", TRAINING_LIMIT, remedy, measure)
 
     first, *others = [
         {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
@@ -100,32 +101,7 @@ def check_trainers(device: str) -> Iterator[Check]:
 
         remedy = "The loss depends on how a step is split. Set `gradient_accumulation_steps=1`."
         name = f"(0.2, 0.8), {arguments['gradient_accumulation_steps']} micro-batches as one"
-        yield _run(name, TRAINING_LIMIT, remedy, measure)
-
-
-@torch.no_grad()
-def check_loss(trainer: WITSFTTrainer) -> Check:
-    """Compares the loss of the first micro-batch with that of the model's own logits."""
-    inputs = next(iter(trainer.get_train_dataloader()))
-    trainer.model.eval()
-    inputs = trainer._prepare_inputs(inputs)
-    ignored = ("labels", "token_weights", "completion_mask", "example_lengths")
-
-    def measure():
-        divisor = trainer.loss_divisor(inputs["token_weights"], None)
-        with trainer.compute_loss_context_manager(), set_for_now(trainer, aux_loss_enabled=False):
-            logits = trainer.model(**{name: x for name, x in inputs.items() if name not in ignored}).logits
-            expected = wit_loss(logits, inputs["labels"], inputs["token_weights"], divisor)
-            return ((trainer.compute_loss(trainer.model, inputs) - expected) / expected).abs().item()
-
-    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
-    remedy = "The fused head scores the tokens of this model otherwise than its logits do. Report it with the model."
-    return _run(
-        f"loss of {int((inputs['labels'] != -100).sum())} tokens of the data",
-        LIMITS.get(dtype, TRAINING_LIMIT),
-        remedy,
-        measure,
-    )
+        yield compare(name, TRAINING_LIMIT, remedy, measure)
 
 
 def time_heads(device: str, hidden_size: int, vocabulary: int) -> dict[str, float]:
@@ -135,32 +111,15 @@ def time_heads(device: str, hidden_size: int, vocabulary: int) -> dict[str, floa
     training has by default.
     """
     tokens, repeats, dtype = (64, 2, torch.float32) if device == "cpu" else (8192, 10, torch.bfloat16)
-    hidden_states, weight, _, targets, token_weights = head_inputs(device, dtype, tokens, hidden_size, vocabulary)
-    index = token_weights.nonzero().squeeze(1)
-    kept = hidden_states[index]
-
-    def products():
-        logits = kept @ weight.t()
-        logits @ weight
-        logits.t() @ kept
-
-    calls: dict[str, Callable[[], None]] = {"products": products}
-    # Elsewhere than on CPUs, TRL's forward selects the rows that have a label, whichever kernel runs
-    rows = slice(None) if device == "cpu" else index
+    inputs = head_inputs(device, dtype, tokens, hidden_size, vocabulary)
+    losses: dict[str, Callable[..., torch.Tensor] | None] = {"products": None}
     for name in KERNELS:
-
-        def call(name: str = name) -> None:
-            inputs = (hidden_states[rows], weight, targets[rows], token_weights[rows])
-            weighted_linear_cross_entropy(*inputs, fused_head=name).loss.backward()
-            hidden_states.grad = weight.grad = None
-
-        calls[name] = call
+        losses[name] = lambda *args, name=name: weighted_linear_cross_entropy(*args, fused_head=name).loss
     found = {}
-    for name, timed in calls.items():
-        hidden_states.requires_grad_(name != "products")
-        weight.requires_grad_(name != "products")
+    for name, loss in losses.items():
         try:
-            found[name] = measured(timed, device, repeats)["seconds"]
-        except Exception:  # as in `_run`; a kernel that fails is told there
+            # Elsewhere than on CPUs, TRL's forward selects the rows that have a label, whichever kernel runs
+            found[name] = measured_head(loss, inputs, device, repeats, selects=device != "cpu")["seconds"]
+        except Exception:  # as in `compare`; a kernel that fails is told there
             found[name] = math.inf
     return found

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from ..loss import one_pass
 from ..loss.params import HeadParams, TokenScores
 from ..loss.token_factors import probability
+from ..training.attributes import set_for_now
 from .reference import head_in_float64
 
 
@@ -84,7 +84,7 @@ def head_errors(
     params = HeadParams(targets, token_weights, scored, case.logit_scale, case.softcap, factors)
     rows = -(-int(scored.sum()) // case.chunks)
     with (
-        patch.object(one_pass, "_chunk_rows", lambda *_: (rows + 3, rows)),
+        set_for_now(one_pass, _chunk_rows=lambda *_: (rows + 3, rows)),
         torch.set_grad_enabled(not case.evaluation),
     ):
         loss, scores = kernel(*inputs, params)

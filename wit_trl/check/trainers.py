@@ -26,22 +26,22 @@ class Trained(NamedTuple):
     """What a training leaves behind."""
 
     losses: torch.Tensor  # of each step, in nats
-    change: torch.Tensor  # of all parameters
+    change: torch.Tensor  # of all parameters, on the first rank
 
 
 class TinyTraining:
     """Trains the embedded model on rows of the embedded data, with plain gradient descent and in float32."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, rows: int = ROWS):
         dataset = load_stdlib_functions()
         self.device = device
         self.tokenizer = train_embedded_tokenizer(dataset)
-        self.rows = dataset["train"].select(range(ROWS))
+        self.rows = dataset["train"].select(range(rows))
 
     def __call__(self, trainer_class: type[SFTTrainer], config_class: type[SFTConfig], **arguments: Any) -> Trained:
         torch.manual_seed(0)
         model = LlamaForCausalLM(embedded_config(self.tokenizer))
-        before = torch.cat([x.detach().flatten() for x in model.parameters()])
+        before = {name: x.detach().clone() for name, x in model.named_parameters()}
         with tempfile.TemporaryDirectory() as folder:
             args = config_class(
                 folder,
@@ -67,9 +67,13 @@ class TinyTraining:
             trainer = trainer_class(model, args, train_dataset=self.rows, processing_class=self.tokenizer)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        after = torch.cat([x.detach().cpu().flatten() for x in trainer.model.parameters()])
-        return Trained(torch.tensor(losses), after - before)
+        losses = torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        after = trainer.model.state_dict()
+        if trainer.args.world_size > 1:
+            after = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, where the model is sharded
+        if not trainer.is_world_process_zero():
+            return Trained(losses, torch.tensor(()))
+        return Trained(losses, torch.cat([(after[name].cpu() - x).flatten() for name, x in before.items()]))
 
 
 def differences(found: Trained, expected: Trained) -> dict[str, float]:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, split_debug
+import torch
+
+from .arguments import TRAINING_TYPES, Flags, errors_in_one_sentence, parse_launch_flags, split_debug
+from .launch import accelerate_config_file
 
 
 @dataclass
@@ -25,14 +28,16 @@ def main(args: Sequence[str]) -> None:
     args, debug = split_debug(args)
     with errors_in_one_sentence(debug):
         flags = Flags((CheckArguments, *TRAINING_TYPES), args, prog="wit-trl check")
-        if flags.launch_on_line:
-            raise ValueError(
-                f"{flags.launch_on_line[0]} is a flag of the launcher, but `wit-trl check` uses one process."
-            )
+        environment = dict(os.environ)
+        launch_flags = flags.launch_flags
+        if (name := parse_launch_flags(launch_flags).accelerate_config) is not None:
+            accelerate_config_file(name)
+        if not (launch_flags or flags.given.get("use_cpu")) and torch.accelerator.device_count() > 1:
+            launch_flags = ["--multi_gpu", "--num_processes", "2"]
         # Else `Trainer` would divide a batch among all devices
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         given, arguments = flags.make(CheckArguments), flags.check()
         from .checking import check  # imports the trainer, for which `-h` does not wait
 
-        is_right = check(arguments, given.json)
+        is_right = check(arguments, given.json, launch_flags, environment)
     sys.exit(0 if is_right else 1)

@@ -6,24 +6,27 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
+from datasets import Dataset, DatasetDict
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig
 
-from ..check.checks import KERNELS, Check, check_kernels, check_loss, check_trainers, time_heads
+from ..check.checks import KERNELS, Check, check_kernels, check_trainers, time_heads
+from ..check.own_model import check_endpoints, check_loss
 from ..loss.functions import uses_one_pass
-from ..training.evaluation import set_for_now
+from ..training.attributes import set_for_now
 from .arguments import Arguments
+from .check_ranks import check_ranks
 from .inspection import header, show
-from .loading import errors_of_model
+from .loading import errors_of_model, select_splits
 from .sft import prepare
 from .versions import versions
 
@@ -53,13 +56,19 @@ def head_sizes(arguments: Arguments) -> tuple[int, int]:
 
 
 def check_model(arguments: Arguments) -> Iterator[Check]:
-    """Shows the first row with its regions, and checks the loss on the user's model."""
+    """Shows the first row with its regions, and checks the loss on the user's model, with a micro-batch of rows."""
+    args, split = arguments.training, arguments.script.dataset_train_split
     with tempfile.TemporaryDirectory() as folder:
-        arguments.training.output_dir = folder
-        arguments.training.eval_strategy, arguments.training.eval_on_start = "no", False
-        trainer, _ = prepare(arguments)
+        args.output_dir, args.push_to_hub, args.eval_strategy, args.eval_on_start = folder, False, "no", False
+        trainer, dataset = prepare(arguments)
         show(header(arguments), trainer, 1, None, None)
         yield check_loss(trainer)
+        rows = Dataset.from_list(
+            list(itertools.islice(dataset[split], args.per_device_train_batch_size)), dataset[split].features
+        )
+        yield from check_endpoints(
+            trainer, select_splits(DatasetDict({split: rows}), [split], trainer.processing_class, args)[split]
+        )
 
 
 def advice(seconds: dict[str, float], device: str, wrong: set[str]) -> str:
@@ -84,6 +93,9 @@ def table(found: list[Check], seconds: dict[str, float], sizes: tuple[int, int])
     """Yields the results, and the times of head and loss."""
     checks = Table("", "compared", "difference over norm", "allowed", "", box=SIMPLE_HEAD)
     for result in found:
+        if result.skipped is not None:
+            checks.add_row("-", Text(result.name), "", "", Text(result.skipped))
+            continue
         mark = Text("✓", "green") if result.is_right else Text("✗", "red")
         meaning = "" if result.is_right else result.remedy if result.error is None else result.error
         checks.add_row(mark, Text(result.name), f"{result.figure:.1e}", f"{result.limit:.0e}", Text(meaning))
@@ -100,8 +112,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def check(arguments: Arguments, file: str | None) -> bool:
-    """Prints all results, and writes them to a file if one is named. Returns whether all are right."""
+def check(arguments: Arguments, file: str | None, launch_flags: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """
+    Prints all results, and writes them to a file if one is named. Returns whether all are right. With flags of the
+    launcher, ranks are launched with them in this environment.
+    """
     device = arguments.training.device.type
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -109,6 +124,8 @@ def check(arguments: Arguments, file: str | None) -> bool:
     console, found = Console(highlight=False), []
     console.print(versions(), markup=False)
     sources = [check_kernels(device), check_trainers(device)]
+    if launch_flags:
+        sources.append(check_ranks(device, launch_flags, environment))
     if arguments.model.model_name_or_path is not None:
         sources.append(check_model(arguments))
     sizes = head_sizes(arguments)

@@ -10,21 +10,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
+from .attributes import set_for_now
 from .metrics import EvaluationSums
 
 
 logger = get_logger(__name__)
-
-
-@contextmanager
-def set_for_now(target: Any, **values: Any) -> Iterator[None]:
-    """Sets attributes, and sets them back at the end."""
-    before = {name: getattr(target, name) for name in values}
-    vars(target).update(values)
-    try:
-        yield
-    finally:
-        vars(target).update(before)
 
 
 class EvaluationMixin(Trainer):

@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .._upstream import restart
 from ..data.collator import DataCollatorForWIT
-from .evaluation import set_for_now
+from .attributes import set_for_now
 
 
 PACKED_MESSAGE = (
