@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -69,6 +70,11 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
             # Mostly all processes have the same error. The first one prints it meanwhile, and its end ends this one
             time.sleep(20)
         sys.exit(message)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this package raised an error that was caught."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parents[1])
 
 
 def split_debug(args: Sequence[str] | None = None) -> tuple[list[str], bool]:

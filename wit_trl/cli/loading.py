@@ -2,7 +2,9 @@
 
 import glob
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from datasets.data_files import get_data_patterns
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
@@ -20,6 +22,7 @@ from trl.scripts.utils import DatasetConfig
 
 from ..config import WITSFTConfig
 from ..data.schemas import to_trl_format
+from .arguments import is_refusal
 
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
@@ -49,13 +52,15 @@ def errors_of_model(name: str) -> Iterator[None]:
 
 @contextmanager
 def errors_of_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Iterator[None]:
-    """Raises `ValueError` if data is read within, and cannot be read: for a local file with the line."""
+    """Raises `ValueError` if data is read within, and cannot be read: with a local file, and the line of a text."""
     try:
         yield
-    except (DatasetsError, ValueError) as error:
-        for name in [part.path for part in dataset_args.datasets] or [script_args.dataset_name or ""]:
-            _check_text(Path(name))
-        if isinstance(error, ValueError):
+    except (DatasetsError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        if not is_refusal(error):
+            for data in dataset_args.datasets or [DatasetConfig(script_args.dataset_name or "a model's")]:
+                for file in _files(_as_named(data)):
+                    _check_file(file)
+        if isinstance(error, OSError | ValueError):
             raise
         raise ValueError(f"{error}: {error.__cause__}" if error.__cause__ else str(error)) from error
 
@@ -126,20 +131,45 @@ def _literal(folder: Path, files: Any) -> Any:
     return glob.escape(str(Path(folder, files).absolute())) if files and Path(folder, files).exists() else files
 
 
-def _check_text(path: Path) -> None:
-    """Raises `ValueError` with the first line of a file that is not UTF-8, or not JSON where it should be."""
+def _files(data: DatasetConfig) -> Iterator[Path]:
+    """Yields the local files of a data set that `_as_named` returned."""
+    is_folder = Path(data.path).is_dir()
+    if is_folder or data.path in _LOADERS.values():
+        folder = str(Path(data.path if is_folder else ".").absolute())
+        patterns = sanitize_patterns(data.data_files) if data.data_files else get_data_patterns(folder)
+        for files in DataFilesDict.from_patterns(patterns, folder).values():
+            yield from filter(Path.is_file, map(Path, files))
+
+
+def _check_file(path: Path) -> None:
+    """Raises `ValueError` with the name of a file that cannot be read."""
     loader = _LOADERS.get(_kind(path))
-    if not path.is_file() or loader not in ("json", "csv", "text"):
+    if loader is None:
         return
-    with fsspec.open(str(path), compression="infer") as file:
-        content = file.read()
+    content, cause = b"", None
+    try:
+        if loader in ("json", "csv", "text"):
+            with fsspec.open(str(path), compression="infer") as file:
+                content = file.read()
+        files = glob.escape(str(path.absolute()))
+        for _ in load_dataset(loader, data_files=files, split="train", streaming=True).with_format("arrow").iter(1000):
+            pass
+    except Exception as error:  # the libraries of each format have their own
+        cause = error
+    _check_text(path, content, loader == "json")
+    if cause is not None:
+        raise ValueError(f"{path} cannot be read: {cause}") from cause
+
+
+def _check_text(path: Path, content: bytes, is_json: bool) -> None:
+    """Raises `ValueError` with the first line of a file that is not UTF-8, or not JSON where it should be."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: this is not UTF-8. Save the file as UTF-8.") from error
     position = 0
-    while loader == "json" and (value := _NEXT_VALUE.match(text, position)):
+    while is_json and (value := _NEXT_VALUE.match(text, position)):
         try:
             _, position = json.JSONDecoder().raw_decode(text, start := value.start(1))
         except json.JSONDecodeError as error:

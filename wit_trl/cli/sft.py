@@ -4,7 +4,6 @@ import importlib.util
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..embedded import load_stdlib_functions, save_embedded_model, train_embedde
 from ..trainer import WITSFTTrainer
 from ..training.checkpoints import checkpoint_to_resume
 from . import end_with_launcher
-from .arguments import TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, split_debug
+from .arguments import TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, is_refusal, split_debug
 from .loading import errors_of_data, errors_of_model, load_data, select_splits
 
 
@@ -158,7 +157,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
     except ValueError as error:
         # A refusal of this package, which only the training could tell; all else keeps its traceback
-        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parents[1]):
+        if not is_refusal(error):
             raise
         with errors_in_one_sentence(debug):
             raise
