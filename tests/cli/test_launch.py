@@ -1,5 +1,6 @@
 """`wit-trl sft` up to the processes that it starts, and what its flags become."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,9 +14,11 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from trl.scripts.utils import DatasetConfig
 
 from wit_trl import cli
 from wit_trl.cli import arguments, inspect, launch, sft
+from wit_trl.cli.mixtures import check_mixture
 from wit_trl.sweep.arguments import SweepArguments
 
 
@@ -202,16 +205,6 @@ def test_misspelled_flag_is_named_with_the_nearest(args, message, command, error
         ("config: other.yaml", "flags.yaml has the key `config`, but one file must hold all flags. Join the two."),
         ("- max_steps", "flags.yaml must be a YAML mapping of flags to values, and so must be `env` in it."),
         ("env: 3", "flags.yaml must be a YAML mapping of flags to values, and so must be `env` in it."),
-        ("datasets: rows.jsonl", "`datasets` must be a list, as `- path: data.jsonl`. Each entry has a path"),
-        ("datasets: {path: rows.jsonl}", "`datasets` must be a list, as `- path: data.jsonl`."),
-        ("datasets: [rows.jsonl]", "`datasets` must be a list, as `- path: data.jsonl`."),
-        ("datasets: [{path: a, weight: 1}]", "Here got an unexpected keyword argument 'weight'."),
-        ("datasets: [{id: a}]", "Here got an unexpected keyword argument 'id'."),
-        ("datasets: [{fraction: 1}]", "Here missing 1 required positional argument: 'path'."),
-        ("datasets: [{path: null}]", "Here a path is None."),
-        ("datasets: [{path: a, fraction: half}]", "A fraction is a number above 0. Here "),
-        ("datasets: [{path: a, fraction: 0}]", "Here a fraction is 0."),
-        ("datasets: [{path: a, fraction: -1}]", "Here a fraction is -1."),
     ],
 )
 def test_value_in_a_file_is_checked_as_on_the_command_line(line, message, tmp_path, monkeypatch):
@@ -219,6 +212,64 @@ def test_value_in_a_file_is_checked_as_on_the_command_line(line, message, tmp_pa
     Path("flags.yaml").write_text(line)
     with pytest.raises(ValueError, match=re.escape(message)):
         arguments.Flags((SweepArguments, *arguments.TRAINING_TYPES), ["--config=flags.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        (
+            "rows.jsonl",
+            "`datasets` is 'rows.jsonl', but must be a list with an entry for each data set, as `- path: data",
+        ),
+        ("{path: rows.jsonl}", "`datasets` is {'path': 'rows.jsonl'}, but must be a list with an entry"),
+        (
+            "[rows.jsonl]",
+            "Entry 0 of `datasets` is 'rows.jsonl', but must be a mapping with a path, as `- path: data.js",
+        ),
+        ("[{path: a}, [b]]", "Entry 1 of `datasets` is ['b'], but must be a mapping with a path"),
+        ("[{fraction: 1}]", "Entry 0 of `datasets` is {'fraction': 1}, but must be a mapping with a path"),
+        ("[{path: a, weight: 1}]", "Entry 0 of `datasets` has the key 'weight', but may have path, name, data_dir, da"),
+        (
+            "[{path: null}]",
+            "Entry 0 of `datasets` has `path: None`, which must be a text. Correct it, or remove the ke",
+        ),
+        ("[{path: a, 3: b}]", "Entry 0 of `datasets` has the key 3, but may have path"),
+        ("[{path: ''}]", "has `path: ''`, which must be a text."),
+        ("[{path: a, split: 3}]", "has `split: 3`, which must be a text."),
+        ("[{path: a, split: null}]", "has `split: None`, which must be a text."),
+        ("[{path: a, name: 3}]", "has `name: 3`, which must be a text."),
+        ("[{path: a, data_dir: [b]}]", "has `data_dir: ['b']`, which must be a text."),
+        ("[{path: a, columns: x}]", "has `columns: 'x'`, which must be a list of texts."),
+        ("[{path: a, columns: [1]}]", "has `columns: [1]`, which must be a list of texts."),
+        (
+            "[{path: a, data_files: 3}]",
+            "has `data_files: 3`, which must be a text, a list of texts or a mapping of spl",
+        ),
+        ("[{path: a, data_files: {train: 3}}]", "has `data_files: {'train': 3}`, which must be a text, a list"),
+        ("[{path: a, fraction: half}]", "has `fraction: 'half'`, which must be a number above 0."),
+        ("[{path: a}, {path: a, fraction: true}]", "Entry 1 of `datasets` has `fraction: True`, which must be a nu"),
+        ("[{path: a, fraction: 0}]", "has `fraction: 0`, which must be a number above 0."),
+        ("[{path: a, fraction: -1}]", "has `fraction: -1`, which must be a number above 0."),
+        ("[{path: a, fraction: .nan}]", "has `fraction: nan`, which must be a number above 0."),
+        ("[{path: a, fraction: .inf}]", "has `fraction: inf`, which must be a number above 0."),
+    ],
+)
+def test_mixture_is_checked_by_entry(mixture, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("flags.yaml").write_text(f"datasets: {mixture}")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arguments.Flags(arguments.TRAINING_TYPES, ["--config=flags.yaml"])
+
+
+def test_keys_of_a_mixture():
+    texts = {"path": "a", "name": "b", "data_dir": "c", "split": "train[:9]"}
+    for entry in (
+        texts | {"data_files": "d", "columns": ["x", "y"], "fraction": 2},
+        texts | {"data_files": ["d", "e"], "fraction": 0.5, "columns": None},
+        {"path": "a", "name": None, "data_dir": None, "data_files": {"train": "d", "test": ["e", "f"]}},
+    ):
+        check_mixture([entry])
+    check_mixture([dict.fromkeys((field.name for field in dataclasses.fields(DatasetConfig)), None) | texts])
 
 
 def test_values_of_a_file(tmp_path):

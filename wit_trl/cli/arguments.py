@@ -28,10 +28,10 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from trl.scripts.utils import DatasetConfig
 
 from ..config import WITSFTConfig
 from ..report.page import printable
+from .mixtures import check_mixture
 
 
 TRAINING_TYPES = (ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig)
@@ -214,7 +214,7 @@ class _Parser(TrlParser):
             elif value is None and name not in self._may_be_null:
                 raise ValueError(f"{path} sets `{name}` to null. Give it a value, or remove the line.")
             elif name == "datasets":
-                _check_mixture(value)
+                check_mixture(value)
                 given[name] = value
             elif value in (None, []) or (values is value and action.nargs != "+") or isinstance(values[0], dict | list):
                 given[name] = value  # no text on the command line says the same
@@ -226,22 +226,6 @@ class _Parser(TrlParser):
                 texts = [f"--{name}", *map(str, values)]
                 given |= vars(self.parse_args(["=".join(texts)] if len(texts) == 2 else texts))
         return given, launch
-
-
-def _check_mixture(parts: Any) -> None:
-    """Raises `ValueError` for a mixture of data sets that TRL cannot read."""
-    try:
-        for part in [DatasetConfig(**part) for part in parts]:
-            if not isinstance(part.path, str):
-                raise TypeError(f"a path is {part.path!r}")
-            if part.fraction is not None and not 0 < part.fraction < float("inf"):
-                raise TypeError(f"a fraction is {part.fraction!r}")
-    except TypeError as error:
-        optional = ", ".join(field.name for field in fields(DatasetConfig)[1:])
-        raise ValueError(
-            "`datasets` must be a list, as `- path: data.jsonl`. Each entry has a path and may have more keys: "
-            f"{optional}. A fraction is a number above 0. Here {str(error).removeprefix('DatasetConfig.__init__() ')}."
-        ) from error
 
 
 def launch_parser() -> argparse.ArgumentParser:
