@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from trl.scripts.utils import DatasetConfig
 
 from wit_trl import cli
 from wit_trl.cli import arguments, inspect, launch, sft
-from wit_trl.cli.mixtures import check_mixture
+from wit_trl.cli.names import check_mixture
 from wit_trl.sweep.arguments import SweepArguments
 
 
@@ -272,6 +273,16 @@ def test_keys_of_a_mixture():
     check_mixture([dict.fromkeys((field.name for field in dataclasses.fields(DatasetConfig)), None) | texts])
 
 
+@pytest.mark.parametrize(("args", "warned"), [([], False), (["--gradient_checkpointing", "True"], True)])
+def test_default_of_trl_that_is_deprecated_warns_where_the_user_set_it(args, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        arguments.Flags(
+            arguments.TRAINING_TYPES, ["--use_cpu", "--model_name_or_path=m", "--dataset_name=d", *args]
+        ).check()
+    assert any("`gradient_checkpointing` is deprecated" in str(warning.message) for warning in caught) == warned
+
+
 def test_values_of_a_file(tmp_path):
     (tmp_path / "flags.yaml").write_text(
         "eval_strategy: no\nlearning_rate: 1e-3\nmax_length: null\nreport_to: [none]\nrole_loss_weights: {tool: 0.5}\n"
@@ -326,19 +337,59 @@ def test_debug_shows_the_traceback(monkeypatch):
     assert arguments.split_debug(["--debug", "underflow_overflow"]) == (["--debug", "underflow_overflow"], False)
 
 
-@pytest.mark.parametrize("command", ["sft", "inspect"])
-def test_help_lists_the_flags(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "last"),
+    [
+        ("sft", "embedded default: .* It takes the flags of `accelerate launch` too, .* and --accelerate_config"),
+        ("sweep", "embedded default: .* It takes the flags of `accelerate launch` too, .* and --accelerate_config"),
+        ("inspect", "embedded default: .* The flags of `accelerate launch`, and --accelerate_config, are ignored"),
+        ("check", r"it checks tiny models\. It uses one process\."),
+    ],
+)
+def test_help_lists_the_flags(command, last, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "-h"])
     assert ended.value.code == 0
     output = capsys.readouterr().out
-    first = output.split("\n\n")[1]
+    first, *_, epilog = output.split("\n\n")[1:]
     assert first.startswith("Weighted Instruction Tuning:\n")
     assert "--completion_turns" in first
     assert ("--html" in first) == (command == "inspect")
     assert "--learning-rate" not in output
-    for flag in ("--prompt_loss_weight", "--model_name_or_path", "--config", "--accelerate_config"):
-        assert flag in output
+    for flag in ("--chat_template_loss_weight", "--model_name_or_path", "--config", "--max_steps"):
+        assert f" {flag} " in output
+    refused = (
+        "--prompt_loss_weight",
+        "--completion_loss_weight",
+        "--seed",
+        "--push_to_hub",
+        "--resume_from_checkpoint",
+    )
+    for flag in refused:
+        assert (f" {flag} " in output) == (command != "sweep")
+    assert re.search(r"--no_print_weight_report\s+The same as --print_weight_report False\.\n", output)
+    epilog = " ".join(epilog.split())
+    assert re.search(last, epilog)
+    assert epilog.endswith("--debug without a value shows the traceback of an error.")
+
+
+@pytest.mark.parametrize("command", ["sft", "inspect", "sweep"])
+def test_file_that_is_not_there_is_told_before_anything_that_reads_data_is_imported(
+    command, error, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wit_trl.cli.loading", None)
+    args = (command, "--model_name_or_path", "model")
+    (tmp_path / "data.tsv").touch()
+    (tmp_path / "mixture.yaml").write_text("datasets: [{path: mixture.yaml/..}, {path: lost.json.gz}]")
+    for name, message in (
+        ("lost.jsonl", "There is no file lost.jsonl, or it is empty."),
+        ("data.tsv", "data.tsv cannot be loaded. Files of .jsonl, "),
+    ):
+        assert error(*args, "--dataset_name", name).startswith(f"error: {message}")
+    assert error(*args, "--config", "mixture.yaml") == "error: There is no file lost.json.gz, or it is empty."
+    if command == "sweep":
+        assert error(command, "--eval_dataset", "other=lost.csv") == "error: There is no file lost.csv, or it is empty."
+    assert error(*args, "--config", "lost.yaml") == "error: --config is lost.yaml, but there is no such file."
 
 
 def test_version_is_what_a_bug_report_needs(monkeypatch, capsys):
@@ -367,6 +418,16 @@ def test_module_runs_and_help_needs_no_torch():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect,check}")
+
+
+def test_modules_of_the_working_folder_are_not_imported(tmp_path):
+    for name in ("torch", "yaml", "pathlib"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the file of the working folder')")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["PYTHONPATH"] = str(CONFIGS.parent)
+    command = [sys.executable, "-m", "wit_trl", "--version"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert process.stdout.startswith("wit_trl: "), process.stderr
 
 
 def test_help_of_a_command_imports_flags_alone():

@@ -76,6 +76,17 @@ def test_pattern_that_names_no_file_stays_a_pattern(folder):
 
 
 @pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("name", ["organisation/missing", "missing", "./missing", "/missing"])
+def test_data_set_that_is_nowhere_is_told_with_what_to_check(name, mixture):
+    parts = [{"path": name}] if mixture else []
+    message = (
+        rf"^A data set is neither here nor, as far as can be told, on the Hub: .*{name}.*\. Check its name and the co"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_data(ScriptArguments(name), DatasetMixtureConfig(parts))
+
+
+@pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("name", ["rows.JSONL", "rows.jsonl.gz", "saved", "splits"])
 def test_other_forms_of_a_data_set(name, mixture, folder):
     write(folder / "rows.JSONL", RIGHT)

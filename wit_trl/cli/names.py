@@ -1,7 +1,26 @@
-"""The key `datasets` of a YAML file, a mixture of data sets: refused where TRL cannot read it."""
+"""The names of data: a file that is not there, and a mixture that TRL cannot read, are refused before any is loaded."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+def kind(path: Path) -> str:
+    """Returns the suffix of a file, without that of a compression."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix.lower() not in _COMPRESSIONS), "").lower()
+
+
+def check_file(path: Path) -> None:
+    """Raises `ValueError` if a path is that of a file, but there is none, or none that can be loaded."""
+    if path.is_file() and kind(path) not in LOADERS:
+        known = f"{', '.join(LOADERS)}, alone or compressed ({', '.join(_COMPRESSIONS)})"
+        raise ValueError(f"{path} cannot be loaded. Files of {known} can, and folders of them or of `save_to_disk`.")
+    if kind(path) in LOADERS and not path.is_dir() and (not path.is_file() or path.stat().st_size == 0):
+        raise ValueError(f"There is no file {path}, or it is empty.")
 
 
 def _is_text(value: Any) -> bool:
