@@ -387,6 +387,7 @@ def test_file_that_is_not_there_is_told_before_anything_that_reads_data_is_impor
     ):
         assert error(*args, "--dataset_name", name).startswith(f"error: {message}")
     assert error(*args, "--config", "mixture.yaml") == "error: There is no file lost.json.gz, or it is empty."
+    assert error(*args, "--datasets", "lost.csv") == "error: There is no file lost.csv, or it is empty."
     if command == "sweep":
         assert error(command, "--eval_dataset", "other=lost.csv") == "error: There is no file lost.csv, or it is empty."
     assert error(*args, "--config", "lost.yaml") == "error: --config is lost.yaml, but there is no such file."

@@ -179,8 +179,9 @@ class Flags:
 
     def check_files(self) -> None:
         """Raises `ValueError` for a data file that is not there, before what reads data is imported."""
-        for name in [entry["path"] for entry in self.given.get("datasets", ())] or [self.given.get("dataset_name")]:
-            check_file(Path(name or ""))
+        mixture = DatasetMixtureConfig([*self.given.get("datasets", ())]).datasets  # made of mappings, if from a file
+        for name in [entry.path for entry in mixture] or [self.given.get("dataset_name") or ""]:
+            check_file(Path(name))
 
     def check(self, config_type: type[WITSFTConfig] = WITSFTConfig) -> Arguments:
         """Returns the arguments of the training. Raises `ValueError` as `make` does."""
@@ -236,7 +237,7 @@ class _Parser(TrlParser):
 
     def read_file(self, path: str) -> tuple[dict[str, Any], list[str]]:
         """Returns the values of a YAML file, checked as those of the command line are, and the other flags in it."""
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise ValueError(f"--config is {path}, but there is no such file.")
         with Path(path).open(encoding="utf-8") as file:
             config = yaml.safe_load(file)

@@ -85,10 +85,8 @@ def to_trl_format(
             if not isinstance(text, str) and (text is not None or name in (schema[0], schema[-1])):
                 remedy = "Make it a text, or remove the row."
                 if isinstance(text, int | float):  # as in CSV files
-                    remedy += (
-                        f" Of numbers, `dataset.cast_column({name!r}, datasets.Value('string'))` makes texts, and so "
-                    )
-                    remedy += "do quotes in JSON."
+                    cast = f"dataset.cast_column({name!r}, datasets.Value('string'))"
+                    remedy = f"Make it a text, as `{cast}` does, or put it into quotes in JSON."
                 raise ValueError(f"Row {index}: `{name}` must be a text, but is {text!r}. {remedy}")
         *question, completion = texts
         if schema == _SCHEMAS["WIT"]:
