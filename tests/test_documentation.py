@@ -174,7 +174,7 @@ def test_commands_are_parsed(page, command, in_a_folder, capsys):
         assert args[0] in targets, f"{page}: there is no target {args[0]}"
     elif program == "accelerate":
         launched = arguments.launch_parser().parse_args(args[1:])
-        assert Path(launched.config_file).is_file()
+        assert launched.config_file is None or Path(launched.config_file).is_file()
         assert Path(launched.training_script).is_file()
         parsed = check_training(launched.training_script_args)
         assert parsed.launch_on_line == []

@@ -119,10 +119,18 @@ def test_embedded_default(tmp_path, monkeypatch):
     assert status == 0, output
     assert (
         "model: embedded, a Llama of 2 million parameters\n"
+<<<<<<< HEAD
         "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n\n[prompt 0.2]"
     ) in output
     assert output.count("\n▌Write[prompt 0.2] the Python function") == 3
     assert re.search(r"What is weighted in [\d,]+ rows", output)
+=======
+        "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n\n"
+        "[region weight] holds for the tokens that follow it, up to the next one. ▌ begins a document.\n\n[prompt 0.2]"
+    ) in process.stdout
+    assert process.stdout.count("\n▌Write[prompt 0.2] the Python function") == 3
+    assert re.search(r"What is weighted in [\d,]+ rows", process.stdout)
+>>>>>>> faults
     assert {file.name for file in tmp_path.iterdir()} == {"page.html", "page.png"}  # and no output folder
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
@@ -157,7 +165,7 @@ def test_weights_and_packing_of_a_configuration_file(run, model_folder, jsonl, t
 def test_header_names_what_is_shown(run, model_folder, jsonl):
     data = ("--model_name_or_path", model_folder, "--dataset_name", jsonl)
     output = run(*data, "--rows", 0, "--max_length", 40)
-    assert f"model: {model_folder}\ndata set: {jsonl}, split train\nmax_length: 40\n\n[prompt 0.2]" in output
+    assert f"model: {model_folder}\ndata set: {jsonl}, split train\nmax_length: 40\n\n[region weight] holds" in output
 
 
 def test_flags_of_the_launcher_say_nothing_about_the_data(run, model_folder, jsonl, tmp_path):
@@ -222,10 +230,10 @@ def test_histogram_alone(run, model_folder, jsonl, tmp_path):
         ),
         (
             ["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--dataset_train_split", "test"],
-            "The data set has no split 'test', only ['train']",
+            "The data set has no split 'test', only ['train']. Choose another one with --dataset_train_split.",
         ),
         (["--prompt_loss_weight", "-1"], "`prompt_loss_weight` is -1.0, but a weight must be"),
-        (["--config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),
+        (["--config", "missing.yaml"], "--config is missing.yaml, but there is no such file."),
         (["--config", "broken.jsonl"], "broken.jsonl"),
         (["--no_such_flag", "1"], "--no_such_flag"),
         (

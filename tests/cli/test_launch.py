@@ -1,5 +1,6 @@
 """`wit-trl sft` up to the processes that it starts, and what its flags become."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -7,15 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from trl.scripts.utils import DatasetConfig
 
 from wit_trl import cli
 from wit_trl.cli import arguments, inspect, launch, sft
+from wit_trl.cli.names import check_mixture
 from wit_trl.sweep.arguments import SweepArguments
 
 
@@ -202,16 +206,6 @@ def test_misspelled_flag_is_named_with_the_nearest(args, message, command, error
         ("config: other.yaml", "flags.yaml has the key `config`, but one file must hold all flags. Join the two."),
         ("- max_steps", "flags.yaml must be a YAML mapping of flags to values, and so must be `env` in it."),
         ("env: 3", "flags.yaml must be a YAML mapping of flags to values, and so must be `env` in it."),
-        ("datasets: rows.jsonl", "`datasets` must be a list, as `- path: data.jsonl`. Each entry has a path"),
-        ("datasets: {path: rows.jsonl}", "`datasets` must be a list, as `- path: data.jsonl`."),
-        ("datasets: [rows.jsonl]", "`datasets` must be a list, as `- path: data.jsonl`."),
-        ("datasets: [{path: a, weight: 1}]", "Here got an unexpected keyword argument 'weight'."),
-        ("datasets: [{id: a}]", "Here got an unexpected keyword argument 'id'."),
-        ("datasets: [{fraction: 1}]", "Here missing 1 required positional argument: 'path'."),
-        ("datasets: [{path: null}]", "Here a path is None."),
-        ("datasets: [{path: a, fraction: half}]", "A fraction is a number above 0. Here "),
-        ("datasets: [{path: a, fraction: 0}]", "Here a fraction is 0."),
-        ("datasets: [{path: a, fraction: -1}]", "Here a fraction is -1."),
     ],
 )
 def test_value_in_a_file_is_checked_as_on_the_command_line(line, message, tmp_path, monkeypatch):
@@ -219,6 +213,74 @@ def test_value_in_a_file_is_checked_as_on_the_command_line(line, message, tmp_pa
     Path("flags.yaml").write_text(line)
     with pytest.raises(ValueError, match=re.escape(message)):
         arguments.Flags((SweepArguments, *arguments.TRAINING_TYPES), ["--config=flags.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        (
+            "rows.jsonl",
+            "`datasets` is 'rows.jsonl', but must be a list with an entry for each data set, as `- path: data",
+        ),
+        ("{path: rows.jsonl}", "`datasets` is {'path': 'rows.jsonl'}, but must be a list with an entry"),
+        (
+            "[rows.jsonl]",
+            "Entry 0 of `datasets` is 'rows.jsonl', but must be a mapping with a path, as `- path: data.js",
+        ),
+        ("[{path: a}, [b]]", "Entry 1 of `datasets` is ['b'], but must be a mapping with a path"),
+        ("[{fraction: 1}]", "Entry 0 of `datasets` is {'fraction': 1}, but must be a mapping with a path"),
+        ("[{path: a, weight: 1}]", "Entry 0 of `datasets` has the key 'weight', but may have path, name, data_dir, da"),
+        (
+            "[{path: null}]",
+            "Entry 0 of `datasets` has `path: None`, which must be a text. Correct it, or remove the ke",
+        ),
+        ("[{path: a, 3: b}]", "Entry 0 of `datasets` has the key 3, but may have path"),
+        ("[{path: ''}]", "has `path: ''`, which must be a text."),
+        ("[{path: a, split: 3}]", "has `split: 3`, which must be a text."),
+        ("[{path: a, split: null}]", "has `split: None`, which must be a text."),
+        ("[{path: a, name: 3}]", "has `name: 3`, which must be a text."),
+        ("[{path: a, data_dir: [b]}]", "has `data_dir: ['b']`, which must be a text."),
+        ("[{path: a, columns: x}]", "has `columns: 'x'`, which must be a list of texts."),
+        ("[{path: a, columns: [1]}]", "has `columns: [1]`, which must be a list of texts."),
+        (
+            "[{path: a, data_files: 3}]",
+            "has `data_files: 3`, which must be a text, a list of texts or a mapping of spl",
+        ),
+        ("[{path: a, data_files: {train: 3}}]", "has `data_files: {'train': 3}`, which must be a text, a list"),
+        ("[{path: a, fraction: half}]", "has `fraction: 'half'`, which must be a number above 0."),
+        ("[{path: a}, {path: a, fraction: true}]", "Entry 1 of `datasets` has `fraction: True`, which must be a nu"),
+        ("[{path: a, fraction: 0}]", "has `fraction: 0`, which must be a number above 0."),
+        ("[{path: a, fraction: -1}]", "has `fraction: -1`, which must be a number above 0."),
+        ("[{path: a, fraction: .nan}]", "has `fraction: nan`, which must be a number above 0."),
+        ("[{path: a, fraction: .inf}]", "has `fraction: inf`, which must be a number above 0."),
+    ],
+)
+def test_mixture_is_checked_by_entry(mixture, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("flags.yaml").write_text(f"datasets: {mixture}")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arguments.Flags(arguments.TRAINING_TYPES, ["--config=flags.yaml"])
+
+
+def test_keys_of_a_mixture():
+    texts = {"path": "a", "name": "b", "data_dir": "c", "split": "train[:9]"}
+    for entry in (
+        texts | {"data_files": "d", "columns": ["x", "y"], "fraction": 2},
+        texts | {"data_files": ["d", "e"], "fraction": 0.5, "columns": None},
+        {"path": "a", "name": None, "data_dir": None, "data_files": {"train": "d", "test": ["e", "f"]}},
+    ):
+        check_mixture([entry])
+    check_mixture([dict.fromkeys((field.name for field in dataclasses.fields(DatasetConfig)), None) | texts])
+
+
+@pytest.mark.parametrize(("args", "warned"), [([], False), (["--gradient_checkpointing", "True"], True)])
+def test_default_of_trl_that_is_deprecated_warns_where_the_user_set_it(args, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        arguments.Flags(
+            arguments.TRAINING_TYPES, ["--use_cpu", "--model_name_or_path=m", "--dataset_name=d", *args]
+        ).check()
+    assert any("`gradient_checkpointing` is deprecated" in str(warning.message) for warning in caught) == warned
 
 
 def test_values_of_a_file(tmp_path):
@@ -275,19 +337,60 @@ def test_debug_shows_the_traceback(monkeypatch):
     assert arguments.split_debug(["--debug", "underflow_overflow"]) == (["--debug", "underflow_overflow"], False)
 
 
-@pytest.mark.parametrize("command", ["sft", "inspect"])
-def test_help_lists_the_flags(command, capsys):
+@pytest.mark.parametrize(
+    ("command", "last"),
+    [
+        ("sft", "embedded default: .* It takes the flags of `accelerate launch` too, .* and --accelerate_config"),
+        ("sweep", "embedded default: .* It takes the flags of `accelerate launch` too, .* and --accelerate_config"),
+        ("inspect", "embedded default: .* The flags of `accelerate launch`, and --accelerate_config, are ignored"),
+        ("check", r"it checks tiny models\. It uses one process\."),
+    ],
+)
+def test_help_lists_the_flags(command, last, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "-h"])
     assert ended.value.code == 0
     output = capsys.readouterr().out
-    first = output.split("\n\n")[1]
+    first, *_, epilog = output.split("\n\n")[1:]
     assert first.startswith("Weighted Instruction Tuning:\n")
     assert "--completion_turns" in first
     assert ("--html" in first) == (command == "inspect")
     assert "--learning-rate" not in output
-    for flag in ("--prompt_loss_weight", "--model_name_or_path", "--config", "--accelerate_config"):
-        assert flag in output
+    for flag in ("--chat_template_loss_weight", "--model_name_or_path", "--config", "--max_steps"):
+        assert f" {flag} " in output
+    refused = (
+        "--prompt_loss_weight",
+        "--completion_loss_weight",
+        "--seed",
+        "--push_to_hub",
+        "--resume_from_checkpoint",
+    )
+    for flag in refused:
+        assert (f" {flag} " in output) == (command != "sweep")
+    assert re.search(r"--no_print_weight_report\s+The same as --print_weight_report False\.\n", output)
+    epilog = " ".join(epilog.split())
+    assert re.search(last, epilog)
+    assert epilog.endswith("--debug without a value shows the traceback of an error.")
+
+
+@pytest.mark.parametrize("command", ["sft", "inspect", "sweep"])
+def test_file_that_is_not_there_is_told_before_anything_that_reads_data_is_imported(
+    command, error, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wit_trl.cli.loading", None)
+    args = (command, "--model_name_or_path", "model")
+    (tmp_path / "data.tsv").touch()
+    (tmp_path / "mixture.yaml").write_text("datasets: [{path: mixture.yaml/..}, {path: lost.json.gz}]")
+    for name, message in (
+        ("lost.jsonl", "There is no file lost.jsonl, or it is empty."),
+        ("data.tsv", "data.tsv cannot be loaded. Files of .jsonl, "),
+    ):
+        assert error(*args, "--dataset_name", name).startswith(f"error: {message}")
+    assert error(*args, "--config", "mixture.yaml") == "error: There is no file lost.json.gz, or it is empty."
+    assert error(*args, "--datasets", "lost.csv") == "error: There is no file lost.csv, or it is empty."
+    if command == "sweep":
+        assert error(command, "--eval_dataset", "other=lost.csv") == "error: There is no file lost.csv, or it is empty."
+    assert error(*args, "--config", "lost.yaml") == "error: --config is lost.yaml, but there is no such file."
 
 
 def test_version_is_what_a_bug_report_needs(monkeypatch, capsys):
@@ -316,6 +419,16 @@ def test_module_runs_and_help_needs_no_torch():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("usage: wit-trl [-h] [--version] {sft,sweep,inspect,check}")
+
+
+def test_modules_of_the_working_folder_are_not_imported(tmp_path):
+    for name in ("torch", "yaml", "pathlib"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the file of the working folder')")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["PYTHONPATH"] = str(CONFIGS.parent)
+    command = [sys.executable, "-m", "wit_trl", "--version"]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert process.stdout.startswith("wit_trl: "), process.stderr
 
 
 def test_help_of_a_command_imports_flags_alone():

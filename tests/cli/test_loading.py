@@ -76,6 +76,17 @@ def test_pattern_that_names_no_file_stays_a_pattern(folder):
 
 
 @pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("name", ["organisation/missing", "missing", "./missing", "/missing"])
+def test_data_set_that_is_nowhere_is_told_with_what_to_check(name, mixture):
+    parts = [{"path": name}] if mixture else []
+    message = (
+        rf"^A data set is neither here nor, as far as can be told, on the Hub: .*{name}.*\. Check its name and the co"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_data(ScriptArguments(name), DatasetMixtureConfig(parts))
+
+
+@pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("name", ["rows.JSONL", "rows.jsonl.gz", "saved", "splits"])
 def test_other_forms_of_a_data_set(name, mixture, folder):
     write(folder / "rows.JSONL", RIGHT)
@@ -102,6 +113,17 @@ def test_other_forms_of_a_data_set(name, mixture, folder):
         ("a.jsonl", b'{"a": 1}\n{"a": 2,\n{"a": 3}\n', "a.jsonl, line 2: this is not JSON ("),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a" 2}\n', mtime=0), "a.jsonl.gz, line 2: this is not JSON ("),
         ("a.jsonl", b"", "There is no file a.jsonl, or it is empty."),
+        (
+            "a.csv",
+            b"a,b\nc,d\ne,f,g\n",
+            "a.csv cannot be read: Error tokenizing data. C error: Expected 2 fields in lin",
+        ),
+        ("a.csv", b'a,b\nc,"d\n', "a.csv cannot be read: Error tokenizing data. C error: EOF inside string"),
+        ("a.parquet", b"no parquet file", "a.parquet cannot be read: Parquet magic bytes not found in footer."),
+        ("a.arrow", b"no arrow file at all", "a.arrow cannot be read: "),
+        ("a.jsonl.gz", b"not compressed", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-9], "a.jsonl.gz cannot be read: Compressed file ended"),
+        ("a.csv.xz", b"\xfd7zXZ\0 broken", "a.csv.xz cannot be read: "),
     ],
 )
 @pytest.mark.parametrize("form", ["name", "stream", "mixture"])
@@ -112,6 +134,26 @@ def test_broken_file_is_named_with_the_line(form, name, content, message, folder
     # Some faults show when the rows are read, in the constructor of the trainer
     with pytest.raises(ValueError, match=re.escape(message)), errors_of_data(script, mixture):
         list(load_data(script, mixture)["train"])
+
+
+@pytest.mark.parametrize(
+    "part", [{"path": "parts"}, {"path": "parts [v1]"}, {"path": "KIND", "data_files": "parts/*/*"}], ids=str
+)
+@pytest.mark.parametrize(
+    ("name", "good", "broken", "message"),
+    [
+        ("json", b'{"a": 1}\n', b'{"a" 2}\n', ", line 1: this is not JSON"),
+        ("csv", b"a,b\n1,2\n", b"a,b\n1,2,3\n4,5,6,7\n", " cannot be read: Error tokenizing data."),
+    ],
+)
+def test_broken_file_of_a_folder_is_named(part, name, good, broken, message, folder):
+    place = folder / part["path"].replace("KIND", "parts") / "train"
+    place.mkdir(parents=True)
+    (place / f"a.{name}").write_bytes(good)
+    (place / f"b.{name}").write_bytes(broken)
+    mixture = DatasetMixtureConfig([part | {"path": part["path"].replace("KIND", name)}])
+    with pytest.raises(ValueError, match=re.escape(f"{place / 'b'}.{name}{message}")):
+        load_data(ScriptArguments(), mixture)
 
 
 @pytest.mark.parametrize("content", [b'\xef\xbb\xbf{"a": 1}\n{"a": 2}', b'{\n "a": 1\n}\n{\n "a": 2\n}\n'])

@@ -51,8 +51,38 @@ def test_model_without_data_is_refused(error, model_folder):
 def test_missing_split_is_named(error, model_folder, jsonl):
     message = error("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--eval_strategy", "steps")
     assert message.startswith(
-        "error: The data set has no split 'test', only ['train']. Choose with --dataset_train_split"
+        "error: The data set has no split 'test', only ['train']. Choose another one with --dataset_test_split, hold"
     )
+    message = error("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--dataset_train_split", "tarin")
+    assert message.endswith("no split 'tarin', only ['train']. Choose another one with --dataset_train_split.")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "The split test is not used. To see its losses, add --eval_strategy epoch --eval_on_start True.\n"),
+        (["--eval_strategy", "epoch"], ""),
+        (["--eval_on_start", "True"], ""),
+        (["--dataset_test_split", "validation"], ""),
+        (
+            ["--eval_on_start", "True", "--prompt_loss_weight", 0],
+            "The weights are (0, 0.8). For conventional tuning, (0, 1), add --completion_loss_weight 1.\n",
+        ),
+        (["--eval_on_start", "True", "--prompt_loss_weight", 0, "--completion_loss_weight", 0.8], ""),
+        (["--eval_on_start", "True", "--prompt_loss_weight", 0.1], ""),
+    ],
+)
+def test_flags_that_may_mean_something_else_are_told_before_the_training(
+    args, said, model_folder, jsonl, capsys, monkeypatch
+):
+    def train(*_, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft.WITSFTTrainer, "train", train)
+    given = ("--model_name_or_path", model_folder, "--dataset_name", jsonl, "--test_split_size", 0.5, *args)
+    with pytest.raises(SystemExit):
+        sft.main([*map(str, given), "--bf16", "False", "--use_cpu", "--report_to", "none", "--output_dir", "out"])
+    assert capsys.readouterr().out == said
 
 
 def test_what_only_the_training_can_refuse_is_one_sentence(error, model_folder, jsonl):

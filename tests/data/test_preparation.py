@@ -604,17 +604,23 @@ def test_null_arguments_that_arrow_adds_are_left_out_and_told(streaming, make_mo
     tokenizer.chat_template = (CHAT_TEMPLATES / "qwen3_training.jinja").read_text(encoding="utf-8")
     config_kwargs |= {"max_length": None}
     rows = []
-    for arguments in ({"x": 1}, {"text": "hi"}):
+    for arguments in ({"x": 1}, {"te\x1bxt": "hi"}):
         call = {"type": "function", "function": {"name": "f0", "arguments": arguments}}
         rows.append({"messages": [SAID[0], {"role": "assistant", "content": "", "tool_calls": [call]}]})
-    assert Dataset.from_list(rows)[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "text": None}
+    assert Dataset.from_list(rows)[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "x": 1,
+        "te\x1bxt": None,
+    }
     data = Dataset.from_list(rows)
     data = data.to_iterable_dataset() if streaming else data
     prepared = make_trainer(make_model, tokenizer, data, config_kwargs).train_dataset
-    assert "Row 0 of the train dataset: in turn 1 of `messages`, the argument `text` of the call of `f0`" in caplog.text
+    assert (
+        "Row 0 of the train dataset: in turn 1 of `messages`, the argument 'te\\x1bxt' of the call of 'f0' is"
+        in caplog.text
+    )
     texts = [tokenizer.decode(row["input_ids"]) for row in prepared]
     assert '"arguments": {"x": 1}}' in texts[0]
-    assert '"arguments": {"text": "hi"}}' in texts[1]
+    assert '"arguments": {"te\\u001bxt": "hi"}}' in texts[1]
 
 
 @pytest.mark.parametrize("as_turns", [False, True])

@@ -96,10 +96,20 @@ def test_schema_of_which_a_part_would_be_dropped_is_refused(columns, tokenizer):
         to_trl_format(Dataset.from_list([dict.fromkeys(columns, "text")]), tokenizer)
 
 
-@pytest.mark.parametrize("wrong", [{"instruction": None}, {"output": None}, {"input": ["x"]}])
-def test_row_without_text_is_refused(wrong, tokenizer):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"instruction": None}, r"None\. Make it a text, or remove the row\.$"),
+        ({"output": None}, r"None\. Make it a text, or remove the row\.$"),
+        ({"input": ["x"]}, r"\['x'\]\. Make it a text, or remove the row\.$"),
+        ({"output": 3}, r"3\. Make it a text, as `dataset\.cast_column\('output', datasets\.Value\('string'\)\)` does"),
+        ({"input": 0}, r"0\. Make it a text, as `dataset.* does, or put it into quotes in JSON\.$"),
+        ({"input": 0.5}, r"0\.5\. Make it a text, as `dataset\.cast_column\('input'"),
+    ],
+)
+def test_row_without_text_is_refused(wrong, said, tokenizer):
     (column,) = wrong
-    with pytest.raises(ValueError, match=rf"Row 1: `{column}` must be a text, but is (None|\['x'\])"):
+    with pytest.raises(ValueError, match=rf"Row 1: `{column}` must be a text, but is {said}"):
         list(to_trl_format(IterableDataset.from_generator(lambda: iter([ALPACA, {**ALPACA, **wrong}])), tokenizer))
     stream = IterableDataset.from_generator(lambda: iter([ALPACA, {"input": "a"}]))
     with pytest.raises(ValueError, match="Row 1: `instruction` must be a text, but is None"):

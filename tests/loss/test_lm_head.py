@@ -65,6 +65,19 @@ def test_both_heads_return_the_same(factors, make_model):
 
 
 @pytest.mark.parametrize("fused_head", ["one_pass", "trl"])
+def test_token_that_a_bias_makes_impossible_leaves_the_entropy_of_the_others(fused_head, make_model):
+    model = make_model()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    inputs, weights = make_inputs(model.config.vocab_size)
+    with torch.no_grad():
+        model.lm_head.bias[next(i for i in range(100) if i not in inputs["input_ids"])] = -torch.inf
+        log_probs = model(inputs["input_ids"]).logits[:, :-1].double().log_softmax(-1)
+    expected = torch.special.entr(log_probs.exp()).sum(-1).masked_fill(inputs["labels"][:, 1:] == -100, 0)
+    outputs = weighted_forward(prepared(model), inputs, weights, 7, None, fused_head)
+    torch.testing.assert_close(outputs.entropy.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused_head", ["one_pass", "trl"])
 def test_factors_get_the_scored_tokens_alone(fused_head, make_model):
     seen = []
 

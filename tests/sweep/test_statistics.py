@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import multivariate_t
 
 from wit_trl.sweep.arguments import BASELINE, PAPER_PAIRS, name_of, ratio
-from wit_trl.sweep.statistics import Losses, choose, difference, run_variance
+from wit_trl.sweep.statistics import Difference, Losses, choose, difference, run_variance
 
 
 RATIOS = (0, 0.1, 0.25, 0.5, 1)
@@ -86,6 +86,11 @@ def test_row_noise_alone_and_run_noise_alone_make_an_interval():
     for run_noise, row_noise in ((0.0, 0.25), (0.01, 0.0)):
         losses = simulate(np.random.default_rng(0), 0.0, run_noise=run_noise, row_noise=row_noise)
         assert difference(losses, PAIRS[4], BASELINE).half_width > 0.005
+
+
+def test_zero_has_no_minus():
+    assert str(Difference(-0.0001, 0.01, 3)) == "+0.000 ± 0.010"
+    assert str(Difference(-0.0009, None, 1)) == "-0.001"
 
 
 def test_one_seed_gives_no_interval():

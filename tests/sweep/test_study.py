@@ -219,7 +219,10 @@ def test_no_difference_is_said_where_there_is_none_or_0_is_best(effect, make_res
 def test_one_seed_says_that_it_gives_no_interval(make_results):
     results = make_results(effect=-2.0, seeds=(1,))
     assert results.sentences()[0].endswith("One seed gives no interval.")
-    assert "±" not in " ".join(results.sentences())
+    console = Console(file=io.StringIO(), width=80)
+    show(console, results)
+    assert "±" not in console.file.getvalue()
+    assert "intervals" not in console.file.getvalue()
 
 
 def test_metric_of_which_more_is_better(make_results):
@@ -327,6 +330,7 @@ def test_table_fits_a_terminal_and_marks_what_was_chosen(make_results):
     show(console, results)
     shown = console.file.getvalue()
     for metric in ("eval_completion_loss", "eval_other_completion_loss"):
+        assert "The intervals are of 95%" in shown
         assert re.search(rf"{metric} +before +[\d.]+\s+0 +3 +[\d.]+\s+0.25 +3 +[\d.]+ +-0.\d+ ± 0.\d+\s", shown)
 
 

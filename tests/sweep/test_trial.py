@@ -153,6 +153,16 @@ def test_what_cannot_be_measured_is_refused_before_the_training(flags, message, 
         run("base", **flags)
 
 
+def test_what_only_the_training_can_refuse_is_one_sentence(run, tmp_path):
+    rows = [{"input_ids": [5, 900, 6], "completion_mask": [0, 1, 1]}] * 2
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(
+        SystemExit, match=r"^error: The batch has the token 900, but `LlamaForCausalLM` has 500 tokens\."
+    ):
+        run("base", retention_prompts=0)
+
+
 def test_answers_are_greedy_whatever_the_batch(make_model, tokenizer, prompt_completion, config_kwargs):
     prompts = [tokenizer(text)["input_ids"] for text in ("What", "What does it do?", "mean of data")]
     for size in (1, 2, 3):

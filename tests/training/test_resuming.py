@@ -5,7 +5,12 @@ import resource
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from wit_trl import WITSFTConfig
+from wit_trl.training.checkpoints import checkpoint_to_resume
 
 from ..helpers import make_trainer
 
@@ -65,3 +70,77 @@ def test_resuming_without_a_complete_checkpoint_is_refused(left, rows, make_mode
         (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="no complete checkpoint"):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.fixture
+def checkpoint(rows, make_model, tokenizer, config_kwargs, tmp_path):
+    """The first of two checkpoints."""
+    config_kwargs |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(make_model, tokenizer, rows, config_kwargs).train()
+    return tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("[]", "3", "null", "{", '{"other": 1}', '{"global_step": null}', '{"log_history": 3}'),
+        '{"stateful_callbacks": {"LossWeightsCallback": []}}',
+        '{"stateful_callbacks": {"LossWeightsCallback": {"attributes": []}}}',
+        '{"stateful_callbacks": {"LossWeightsCallback": {"attributes": {"weights": 3}}}}',
+    ],
+)
+def test_state_of_another_shape_is_refused(state, config_kwargs, tmp_path, caplog):
+    args = WITSFTConfig(**config_kwargs)
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(state)
+    with pytest.raises(
+        ValueError, match=r"The checkpoint .*checkpoint-1 cannot be resumed: its trainer_state\.json is mi"
+    ):
+        checkpoint_to_resume(str(folder), args)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        checkpoint_to_resume(True, args)
+    assert "checkpoint-1 is passed over: its trainer_state.json is missing or damaged." in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_damaged_file_of_a_checkpoint_is_named(name, checkpoint, config_kwargs, tmp_path):
+    args = WITSFTConfig(**config_kwargs)
+    for length in (-100, 100, 0):
+        (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:length])
+        with pytest.raises(
+            ValueError, match=rf"1 cannot be resumed: its {name} is missing or damaged\. Choose another"
+        ):
+            checkpoint_to_resume(str(checkpoint), args)
+    if name.startswith("model"):
+        (checkpoint / name).unlink()
+        with pytest.raises(ValueError, match=r"1 cannot be resumed: its model is missing or damaged\."):
+            checkpoint_to_resume(str(checkpoint), args)
+    (tmp_path / "checkpoint-2" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        checkpoint_to_resume(True, args)
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [(["optimizer.pt"], True), (["scheduler.pt"], True), (["optimizer.pt", "rng_state.pth"], True), ([], False)],
+)
+def test_checkpoint_without_its_optimizer_is_told(lost, told, checkpoint, config_kwargs, caplog):
+    for name in lost:
+        (checkpoint / name).unlink()
+    assert checkpoint_to_resume(str(checkpoint), WITSFTConfig(**config_kwargs)) == str(checkpoint)
+    assert (f"The checkpoint {checkpoint} has no {' '.join(lost[:1])}, so" in caplog.text) == told
+    (checkpoint / "global_step1").mkdir()  # where DeepSpeed keeps them
+    caplog.clear()
+    checkpoint_to_resume(str(checkpoint), WITSFTConfig(**config_kwargs))
+    assert caplog.text == ""
+
+
+def test_checkpoint_of_trl_is_resumed(rows, make_model, tokenizer, config_kwargs, tmp_path):
+    config_kwargs |= {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    data = Dataset.from_list(rows)
+    SFTTrainer(make_model(), SFTConfig(**config_kwargs), train_dataset=data, processing_class=tokenizer).train()
+    trainer = make_trainer(make_model, tokenizer, rows, config_kwargs | {"max_steps": 2})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert saved["LossWeightsCallback"]["attributes"]["weights"]["completion_loss_weight"] == 0.8

@@ -18,7 +18,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -27,22 +29,32 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-from trl.scripts.utils import DatasetConfig
 
 from ..config import WITSFTConfig
 from ..report.page import printable
+from .names import check_file, check_mixture
 
 
 TRAINING_TYPES = (ScriptArguments, WITSFTConfig, ModelConfig, DatasetMixtureConfig)
 T = TypeVar("T")
 _SHOWN = 2000  # characters at each end of a long error
 
-_EPILOG = """
-Without --model_name_or_path and --dataset_name, it is the embedded default: a small model and the functions of Python's
-standard library. Any flag may stand in the YAML file. `wit-trl sft` takes the flags of `accelerate launch` too, which
-`accelerate launch -h` lists, and --accelerate_config with a file or the name of one that is shipped, such as multi_gpu
-or fsdp; `wit-trl inspect` ignores them. --debug without a value shows the traceback of an error.
-"""
+_EMBEDDED = (
+    "Without --model_name_or_path and --dataset_name, it is the embedded default: a small model and the functions of "
+    "Python's standard library. "
+)
+_LAUNCHER = (
+    "It takes the flags of `accelerate launch` too, which `accelerate launch -h` lists, and --accelerate_config with a "
+    "file or the name of one that is shipped, such as multi_gpu or fsdp. "
+)
+# What is said below the flags of a command
+_EPILOGS = {
+    "wit-trl sft": _EMBEDDED + _LAUNCHER,
+    "wit-trl sweep": _EMBEDDED + _LAUNCHER,
+    "wit-trl inspect": _EMBEDDED + "The flags of `accelerate launch`, and --accelerate_config, are ignored. ",
+    "wit-trl check": "Without --model_name_or_path and --dataset_name, it checks tiny models. It uses one process. ",
+}
+_COMMON = "Any flag may stand in the YAML file. --debug without a value shows the traceback of an error."
 
 
 @contextmanager
@@ -69,6 +81,23 @@ def errors_in_one_sentence(debug: bool = False) -> Iterator[None]:
             # Mostly all processes have the same error. The first one prints it meanwhile, and its end ends this one
             time.sleep(20)
         sys.exit(message)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether this package raised an error that was caught."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parents[1])
+
+
+@contextmanager
+def refusals_in_one_sentence(debug: bool) -> Iterator[None]:
+    """Ends the process with one sentence for what this package refuses. All other errors keep their traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        with errors_in_one_sentence(debug):
+            raise
 
 
 def split_debug(args: Sequence[str] | None = None) -> tuple[list[str], bool]:
@@ -106,9 +135,10 @@ class Flags:
         prog: str | None = None,
         defaults: dict[str, Any] | None = None,
         embedded_defaults: dict[str, Any] | None = None,  # further ones, where model and data are embedded
+        refused: Collection[str] = (),  # flags that the command refuses, and its help does not show
     ):
         self.args, self.defaults, self.embedded_defaults = list(args), defaults or {}, embedded_defaults or {}
-        parser = _Parser(dataclass_types, prog, self.defaults)
+        parser = _Parser(dataclass_types, prog, self.defaults, refused)
         line, self.launch_on_line = parser.parse_known_args(self.args)
         self.given: dict[str, Any] = vars(line)  # by the name of the flag
         # Those of `accelerate launch`. The last one counts
@@ -142,7 +172,16 @@ class Flags:
     def make(self, dataclass_type: type[T]) -> T:
         """Returns an instance of a dataclass. Raises `ValueError` for a model without data, or what it refuses."""
         names = inspect.signature(dataclass_type).parameters
-        return dataclass_type(**{name: value for name, value in self.values.items() if name in names})
+        with warnings.catch_warnings():
+            if "gradient_checkpointing" not in self.given:  # else it is of TRL's own default
+                warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            return dataclass_type(**{name: value for name, value in self.values.items() if name in names})
+
+    def check_files(self) -> None:
+        """Raises `ValueError` for a data file that is not there, before what reads data is imported."""
+        mixture = DatasetMixtureConfig([*self.given.get("datasets", ())]).datasets  # made of mappings, if from a file
+        for name in [entry.path for entry in mixture] or [self.given.get("dataset_name") or ""]:
+            check_file(Path(name))
 
     def check(self, config_type: type[WITSFTConfig] = WITSFTConfig) -> Arguments:
         """Returns the arguments of the training. Raises `ValueError` as `make` does."""
@@ -167,15 +206,22 @@ class Flags:
 class _Parser(TrlParser):
     """A parser of the flags that were given, without defaults. It raises `ValueError` where argparse would exit."""
 
-    def __init__(self, dataclass_types: Sequence[type], prog: str | None, defaults: dict[str, Any]):
+    def __init__(
+        self, dataclass_types: Sequence[type], prog: str | None, defaults: dict[str, Any], refused: Collection[str]
+    ):
         # No abbreviations: the next version of TRL or of accelerate may give them another meaning
-        super().__init__(dataclass_types, prog=prog, usage="%(prog)s [flags]", allow_abbrev=False, epilog=_EPILOG)
+        super().__init__(dataclass_types, prog=prog, usage="%(prog)s [flags]", allow_abbrev=False)
+        self.epilog = _EPILOGS.get(self.prog, "") + _COMMON
         self.set_defaults_with_config(**defaults)
         ours = self.add_argument_group("Weighted Instruction Tuning")
         self._action_groups.insert(0, self._action_groups.pop())
         names = {n for kind in dataclass_types if kind.__module__.startswith("wit_trl.") for n in kind.__annotations__}
         for action in self._actions[1:]:  # the first one is `--help`, which shows the defaults
-            if action.help:
+            if action.dest in refused:
+                action.help = argparse.SUPPRESS
+            elif action.const is False:  # `--no_X`, which has the help of X
+                action.help = f"The same as --{action.dest} False."
+            elif action.help:
                 action.help += f" (default: {action.default})".replace("%", "%%")
             action.default = argparse.SUPPRESS
             action.option_strings = action.option_strings[:1]  # the one with hyphens works too, and is not shown
@@ -191,6 +237,8 @@ class _Parser(TrlParser):
 
     def read_file(self, path: str) -> tuple[dict[str, Any], list[str]]:
         """Returns the values of a YAML file, checked as those of the command line are, and the other flags in it."""
+        if not Path(path).exists():
+            raise ValueError(f"--config is {path}, but there is no such file.")
         with Path(path).open(encoding="utf-8") as file:
             config = yaml.safe_load(file)
         if not isinstance(config, dict) or not isinstance(env := config.pop("env", {}), dict):
@@ -208,7 +256,7 @@ class _Parser(TrlParser):
             elif value is None and name not in self._may_be_null:
                 raise ValueError(f"{path} sets `{name}` to null. Give it a value, or remove the line.")
             elif name == "datasets":
-                _check_mixture(value)
+                check_mixture(value)
                 given[name] = value
             elif value in (None, []) or (values is value and action.nargs != "+") or isinstance(values[0], dict | list):
                 given[name] = value  # no text on the command line says the same
@@ -220,22 +268,6 @@ class _Parser(TrlParser):
                 texts = [f"--{name}", *map(str, values)]
                 given |= vars(self.parse_args(["=".join(texts)] if len(texts) == 2 else texts))
         return given, launch
-
-
-def _check_mixture(parts: Any) -> None:
-    """Raises `ValueError` for a mixture of data sets that TRL cannot read."""
-    try:
-        for part in [DatasetConfig(**part) for part in parts]:
-            if not isinstance(part.path, str):
-                raise TypeError(f"a path is {part.path!r}")
-            if part.fraction is not None and not 0 < part.fraction < float("inf"):
-                raise TypeError(f"a fraction is {part.fraction!r}")
-    except TypeError as error:
-        optional = ", ".join(field.name for field in fields(DatasetConfig)[1:])
-        raise ValueError(
-            "`datasets` must be a list, as `- path: data.jsonl`. Each entry has a path and may have more keys: "
-            f"{optional}. A fraction is a number above 0. Here {str(error).removeprefix('DatasetConfig.__init__() ')}."
-        ) from error
 
 
 def launch_parser() -> argparse.ArgumentParser:

@@ -57,6 +57,7 @@ def main(args: Sequence[str]) -> None:
     with errors_in_one_sentence(debug):
         # The flags of the launcher are ignored: they say nothing about the data
         flags = Flags((InspectionArguments, *TRAINING_TYPES), args, prog="wit-trl inspect")
+        flags.check_files()
         inspection, arguments = flags.make(InspectionArguments), flags.check(_DataConfig)
         from .inspection import build_trainer, header, show  # imports the trainer, for which `-h` does not wait
 

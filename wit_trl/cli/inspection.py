@@ -19,7 +19,7 @@ from ..embedded import embedded_config, load_stdlib_functions, train_embedded_to
 from ..report.rows import html_page, plot_lengths, show_page
 from ..trainer import WITSFTTrainer
 from .arguments import Arguments
-from .loading import errors_of_data, errors_of_model, load_data, select_splits
+from .loading import TRAIN_SPLIT, errors_of_data, errors_of_model, load_data, select_splits
 
 
 def _empty_model(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -48,8 +48,8 @@ def build_trainer(arguments: Arguments) -> WITSFTTrainer:
             processing_class = AutoProcessor.from_pretrained(name, **kwargs)
     # A chat template that is cloned from a model may add tokens. Their embeddings are the mean of weights, if any
     model.resize_token_embeddings = functools.partial(model.resize_token_embeddings, mean_resizing=False)
-    split = arguments.script.dataset_train_split
-    train_dataset = select_splits(dataset, [split], processing_class, args)[split]
+    splits = {TRAIN_SPLIT: arguments.script.dataset_train_split}
+    (train_dataset,) = select_splits(dataset, splits, processing_class, args)
     with errors_of_data(arguments.script, arguments.dataset):
         return WITSFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=processing_class)
 
@@ -81,7 +81,9 @@ def show(header: str, trainer: WITSFTTrainer, count: int, html: str | None, hist
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal cannot encode
     print(header)
-    show_page(Console(), *shown)
+    if (console := Console()).no_color or console.color_system is None:
+        print("[region weight] holds for the tokens that follow it, up to the next one. ▌ begins a document.\n")
+    show_page(console, *shown)
     sys.stdout.flush()  # here it is caught if nothing reads it any more
     for file in filter(None, (html, histogram)):
         print(f"Written: {file}", file=sys.stderr)

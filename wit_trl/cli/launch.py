@@ -46,6 +46,7 @@ def main(args: Sequence[str], module: str = "wit_trl.cli.sft", types: Sequence[t
     args, debug = split_debug(args)
     with errors_in_one_sentence(debug):
         flags = Flags(types, args, prog="wit-trl sft")
+        flags.check_files()
         training = _without(flags.args, flags.launch_on_line)
         if debug:
             training.append("--debug")

@@ -2,8 +2,10 @@
 
 import glob
 import json
+import lzma
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from datasets.data_files import get_data_patterns
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
@@ -20,10 +22,11 @@ from trl.scripts.utils import DatasetConfig
 
 from ..config import WITSFTConfig
 from ..data.schemas import to_trl_format
+from .arguments import is_refusal
+from .names import LOADERS, check_file, kind
 
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+TRAIN_SPLIT, TEST_SPLIT = "--dataset_train_split", "--dataset_test_split"
 _NEXT_VALUE = re.compile(r"\s*(\S)")
 
 
@@ -49,15 +52,30 @@ def errors_of_model(name: str) -> Iterator[None]:
 
 @contextmanager
 def errors_of_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> Iterator[None]:
-    """Raises `ValueError` if data is read within, and cannot be read: for a local file with the line."""
+    """Raises `ValueError` if data is read within, and cannot be read: with a local file, and the line of a text."""
     try:
         yield
-    except (DatasetsError, ValueError) as error:
-        for name in [part.path for part in dataset_args.datasets] or [script_args.dataset_name or ""]:
-            _check_text(Path(name))
-        if isinstance(error, ValueError):
+    except (DatasetsError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        if not is_refusal(error):
+            name = script_args.dataset_name
+            for data in dataset_args.datasets or ([DatasetConfig(name)] if name else []):
+                for file in _files(_as_named(data)):
+                    _read_file(file)
+        if isinstance(error, OSError | ValueError):
             raise
         raise ValueError(f"{error}: {error.__cause__}" if error.__cause__ else str(error)) from error
+
+
+@contextmanager
+def _errors_of_hub() -> Iterator[None]:
+    """Raises `ValueError` with what to check if a data set is neither here nor on the Hub."""
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"A data set is neither here nor, as far as can be told, on the Hub: {str(error).rstrip('.')}. Check its "
+            "name and the connection; a private or gated one needs `hf auth login`."
+        ) from error
 
 
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
@@ -65,7 +83,7 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
     Returns the splits of a data set from the Hub, a local folder or a local file, or of a mixture. Raises `ValueError`
     if a file is missing, of another kind, or broken.
     """
-    with errors_of_data(script_args, dataset_args):
+    with errors_of_data(script_args, dataset_args), _errors_of_hub():
         parts, streaming = dataset_args.datasets, dataset_args.streaming
         if not parts:
             split, streaming = script_args.dataset_train_split, script_args.dataset_streaming
@@ -83,21 +101,12 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig) 
             np.random.set_state(state)
 
 
-def _kind(path: Path) -> str:
-    """Returns the suffix of a file, without that of a compression."""
-    return next((suffix for suffix in reversed(path.suffixes) if suffix.lower() not in _COMPRESSIONS), "").lower()
-
-
 def _as_named(data: DatasetConfig) -> DatasetConfig:
     """Returns a data set whose local files and folders are those of its names, which `datasets` takes for patterns."""
-    path, kind = Path(data.path), _kind(Path(data.path))
-    if path.is_file() and kind not in _LOADERS:
-        known = f"{', '.join(_LOADERS)}, alone or compressed ({', '.join(_COMPRESSIONS)})"
-        raise ValueError(f"{path} cannot be loaded. Files of {known} can, and folders of them or of `save_to_disk`.")
-    if kind in _LOADERS and not path.is_dir():
-        if not path.is_file() or path.stat().st_size == 0:
-            raise ValueError(f"There is no file {path}, or it is empty.")
-        return replace(data, path=_LOADERS[kind], data_files=glob.escape(str(path.absolute())))
+    path = Path(data.path)
+    check_file(path)
+    if path.is_file():
+        return replace(data, path=LOADERS[kind(path)], data_files=glob.escape(str(path.absolute())))
     files: Any = {}
     for state in sorted(path.glob("*/state.json" if (path / "dataset_dict.json").is_file() else "state.json")):
         split = "train" if state.parent == path else state.parent.name
@@ -112,7 +121,7 @@ def _as_named(data: DatasetConfig) -> DatasetConfig:
         patterns = get_data_patterns(escaped)
         files = {split: [f"{escaped}/{pattern}" for pattern in patterns[split]] for split in patterns}
         return replace(data, data_dir=None, data_files=files)
-    if path.is_dir() or data.path in _LOADERS.values():
+    if path.is_dir() or data.path in LOADERS.values():
         return replace(data, data_files=_literal(path if path.is_dir() else Path(), data.data_files))
     return data
 
@@ -126,20 +135,45 @@ def _literal(folder: Path, files: Any) -> Any:
     return glob.escape(str(Path(folder, files).absolute())) if files and Path(folder, files).exists() else files
 
 
-def _check_text(path: Path) -> None:
-    """Raises `ValueError` with the first line of a file that is not UTF-8, or not JSON where it should be."""
-    loader = _LOADERS.get(_kind(path))
-    if not path.is_file() or loader not in ("json", "csv", "text"):
+def _files(data: DatasetConfig) -> Iterator[Path]:
+    """Yields the local files of a data set that `_as_named` returned."""
+    is_folder = Path(data.path).is_dir()
+    if is_folder or data.path in LOADERS.values():
+        folder = str(Path(data.path if is_folder else ".").absolute())
+        patterns = sanitize_patterns(data.data_files) if data.data_files else get_data_patterns(folder)
+        for files in DataFilesDict.from_patterns(patterns, folder).values():
+            yield from filter(Path.is_file, map(Path, files))
+
+
+def _read_file(path: Path) -> None:
+    """Raises `ValueError` with the name of a file that cannot be read."""
+    loader = LOADERS.get(kind(path))
+    if loader is None:
         return
-    with fsspec.open(str(path), compression="infer") as file:
-        content = file.read()
+    content, cause = b"", None
+    try:
+        if loader in ("json", "csv", "text"):
+            with fsspec.open(str(path), compression="infer") as file:
+                content = file.read()
+        files = glob.escape(str(path.absolute()))
+        for _ in load_dataset(loader, data_files=files, split="train", streaming=True).with_format("arrow").iter(1000):
+            pass
+    except Exception as error:  # the libraries of each format have their own
+        cause = error
+    _check_text(path, content, loader == "json")
+    if cause is not None:
+        raise ValueError(f"{path} cannot be read: {cause}") from cause
+
+
+def _check_text(path: Path, content: bytes, is_json: bool) -> None:
+    """Raises `ValueError` with the first line of a file that is not UTF-8, or not JSON where it should be."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: this is not UTF-8. Save the file as UTF-8.") from error
     position = 0
-    while loader == "json" and (value := _NEXT_VALUE.match(text, position)):
+    while is_json and (value := _NEXT_VALUE.match(text, position)):
         try:
             _, position = json.JSONDecoder().raw_decode(text, start := value.start(1))
         except json.JSONDecodeError as error:
@@ -151,19 +185,19 @@ def _check_text(path: Path) -> None:
 
 def select_splits(
     dataset: DatasetDict | IterableDatasetDict,
-    splits: Iterable[str],
+    splits: dict[str, str],
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     args: WITSFTConfig,
-) -> dict[str, Dataset | IterableDataset]:
-    """Returns these splits in a format of TRL. Raises `ValueError` if the data set lacks one of them."""
-    selected = {}
-    for split in splits:
+) -> list[Dataset | IterableDataset]:
+    """Returns the splits, each by its flag, in a format of TRL. Raises `ValueError` if the data set lacks one."""
+    selected = []
+    for flag, split in splits.items():
         if split not in dataset:
-            raise ValueError(
-                f"The data set has no split {split!r}, only {list(dataset)}. Choose with --dataset_train_split and "
-                "--dataset_test_split, hold rows out with --test_split_size 0.1, or turn evaluation off with "
-                "--eval_strategy no."
-            )
+            remedy = f"Choose another one with {flag}"
+            if flag == TEST_SPLIT:
+                remedy += ", hold rows out with --test_split_size 0.1, or turn evaluation off with --eval_strategy no, "
+                remedy += "which a sweep cannot"
+            raise ValueError(f"The data set has no split {split!r}, only {list(dataset)}. {remedy}.")
         conversational = True if args.chat_template_path else None
-        selected[split] = to_trl_format(dataset[split], processing_class, conversational, args.dataset_text_field)
+        selected.append(to_trl_format(dataset[split], processing_class, conversational, args.dataset_text_field))
     return selected

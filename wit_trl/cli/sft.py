@@ -4,8 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datasets import DatasetDict, IterableDatasetDict
@@ -18,8 +17,16 @@ from ..embedded import load_stdlib_functions, save_embedded_model, train_embedde
 from ..trainer import WITSFTTrainer
 from ..training.checkpoints import checkpoint_to_resume
 from . import end_with_launcher
-from .arguments import TRAINING_TYPES, Arguments, Flags, check_packages, errors_in_one_sentence, split_debug
-from .loading import errors_of_data, errors_of_model, load_data, select_splits
+from .arguments import (
+    TRAINING_TYPES,
+    Arguments,
+    Flags,
+    check_packages,
+    errors_in_one_sentence,
+    refusals_in_one_sentence,
+    split_debug,
+)
+from .loading import TEST_SPLIT, TRAIN_SPLIT, errors_of_data, errors_of_model, load_data, select_splits
 
 
 def check_output_dir(folder: Path) -> None:
@@ -82,10 +89,10 @@ def prepare(arguments: Arguments) -> tuple[WITSFTTrainer, DatasetDict | Iterable
         processing_class = AutoProcessor.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
         )
-    splits = [script_args.dataset_train_split]
+    splits = {TRAIN_SPLIT: script_args.dataset_train_split}
     if training_args.eval_strategy != "no" or training_args.eval_on_start:
-        splits.append(script_args.dataset_test_split)
-    datasets = select_splits(dataset, splits, processing_class, training_args)
+        splits[TEST_SPLIT] = script_args.dataset_test_split
+    train_dataset, *eval_dataset = select_splits(dataset, splits, processing_class, training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -96,13 +103,25 @@ def prepare(arguments: Arguments) -> tuple[WITSFTTrainer, DatasetDict | Iterable
         trainer = WITSFTTrainer(
             model=name,
             args=training_args,
-            train_dataset=datasets[splits[0]],
-            eval_dataset=datasets[splits[1]] if splits[1:] else None,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset[0] if eval_dataset else None,
             processing_class=processing_class,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
     return trainer, dataset
+
+
+def hints(flags: Flags, arguments: Arguments, has_test_split: bool) -> Iterator[str]:
+    """Yields what to add to the flags of a training, as far as they may not mean what they say."""
+    training, split = arguments.training, arguments.script.dataset_test_split
+    if has_test_split and training.eval_strategy == "no" and not training.eval_on_start:
+        yield f"The split {split} is not used. To see its losses, add --eval_strategy epoch --eval_on_start True."
+    if flags.given.get("prompt_loss_weight") == 0 and "completion_loss_weight" not in flags.given:
+        yield (
+            f"The weights are (0, {training.completion_loss_weight:g}). For conventional tuning, (0, 1), add "
+            "--completion_loss_weight 1."
+        )
 
 
 def report(trainer: WITSFTTrainer, split: str) -> None:
@@ -152,16 +171,13 @@ def main(args: Sequence[str] | None = None) -> None:
             )
         resume = checkpoint_to_resume(resume, arguments.training)
 
+    for hint in hints(flags, arguments, arguments.script.dataset_test_split in dataset):
+        trainer.accelerator.print(hint)
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with refusals_in_one_sentence(debug):
+            trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except ValueError as error:
-        # A refusal of this package, which only the training could tell; all else keeps its traceback
-        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parents[1]):
-            raise
-        with errors_in_one_sentence(debug):
-            raise
     trainer.save_model()
     report(trainer, arguments.script.dataset_test_split)
     if flags.is_embedded and not trainer.is_fsdp_enabled:  # the model is whole

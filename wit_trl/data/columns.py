@@ -89,7 +89,7 @@ def warn_of_messages(
     if nulls:
         index, column, turn, function, argument = nulls[0]
         logger.warning(
-            f"Row {index} of the {name} dataset: in turn {turn} of `{column}`, the argument `{argument}` of the call "
-            f"of `{function}` is null, as Arrow makes the arguments that only other rows have. Arguments that are null "
+            f"Row {index} of the {name} dataset: in turn {turn} of `{column}`, the argument {argument!r} of the call "
+            f"of {function!r} is null, as Arrow makes the arguments that only other rows have. Arguments that are null "
             "are left out of all rows. To train on a null, write `arguments` as JSON text."
         )

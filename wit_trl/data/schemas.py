@@ -82,8 +82,12 @@ def to_trl_format(
     def convert(example: dict[str, Any], index: int) -> dict[str, Any]:
         texts: list[Any] = [example.get(name) for name in schema]
         for name, text in zip(schema, texts, strict=True):
-            if not isinstance(text, str) and (text or name in (schema[0], schema[-1])):
-                raise ValueError(f"Row {index}: `{name}` must be a text, but is {text!r}.")
+            if not isinstance(text, str) and (text is not None or name in (schema[0], schema[-1])):
+                remedy = "Make it a text, or remove the row."
+                if isinstance(text, int | float):  # as in CSV files
+                    cast = f"dataset.cast_column({name!r}, datasets.Value('string'))"
+                    remedy = f"Make it a text, as `{cast}` does, or put it into quotes in JSON."
+                raise ValueError(f"Row {index}: `{name}` must be a text, but is {text!r}. {remedy}")
         *question, completion = texts
         if schema == _SCHEMAS["WIT"]:
             return {  # joined as in the original scripts

@@ -37,6 +37,7 @@ def prepare_lm_head(model: Any) -> None:
 
     A quantized model gets a plain head, frozen, in the dtype of the model: the fused head multiplies by the head's
     weight itself, and that of a quantized head is packed. TRL's own loss of an 8-bit head is wrong without an error.
+    A bias of -inf becomes -1e4.
     Raises `ValueError` for an encoder-decoder, and if an adapter wraps the embeddings that the head shares.
     """
     if model.config.is_encoder_decoder:
@@ -64,6 +65,9 @@ def prepare_lm_head(model: Any) -> None:
             plain.weight = torch.nn.Parameter(weight.detach().to(model.dtype), requires_grad=False)
             plain.bias = head.bias
             model.set_output_embeddings(plain)
+    if (bias := causal_lm.get_output_embeddings().bias) is not None:
+        # Finite, since TRL's kernel multiplies logits by probabilities of 0. Such tokens stay impossible
+        bias.detach().clamp_(min=-1e4)
     causal_lm.get_output_embeddings = MethodType(_get_output_embeddings, causal_lm)
     if hasattr(causal_lm, "hf_device_map"):  # so the head may be on another device than the current one
         install_kernel_hook()

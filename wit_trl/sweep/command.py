@@ -10,6 +10,7 @@ import yaml
 
 from ..cli.arguments import TRAINING_TYPES, Flags, check_packages, errors_in_one_sentence, split_debug
 from ..cli.launch import accelerate_config_file
+from ..cli.names import check_file
 from .arguments import SweepArguments
 
 
@@ -31,7 +32,8 @@ _IMPOSSIBLE = {
 
 
 def parse_sweep_flags(args: Sequence[str]) -> Flags:
-    return Flags((SweepArguments, *TRAINING_TYPES), args, "wit-trl sweep", _DEFAULTS, _EMBEDDED_DEFAULTS)
+    refused = (*_OF_THE_TRIALS, *_IMPOSSIBLE)
+    return Flags((SweepArguments, *TRAINING_TYPES), args, "wit-trl sweep", _DEFAULTS, _EMBEDDED_DEFAULTS, refused)
 
 
 def settings_of(flags: Flags) -> dict[str, Any]:
@@ -63,7 +65,10 @@ def main(args: Sequence[str]) -> None:
     args, debug = split_debug(args)
     with errors_in_one_sentence(debug):
         flags = parse_sweep_flags(args)
+        flags.check_files()
         sweep, settings = flags.make(SweepArguments), settings_of(flags)
+        for other in sweep.eval_dataset:
+            check_file(Path(other.partition("=")[2]))
         if token := settings.pop("hub_token", None):
             os.environ["HF_TOKEN"] = token  # trials inherit it, and no file shows it
         needed = ["optuna", "scipy", "matplotlib"]

@@ -23,12 +23,12 @@ def table(results: SweepResults) -> Table:
     for metric in dict.fromkeys([results.metric, TASK_METRIC, *results.kept_metrics, *results.benchmarks]):
         rows.add_section()
         before = results.base_metrics.get(metric)
-        rows.add_row(Text(metric), "before", "", "" if before is None else f"{before:.3f}", "")
+        rows.add_row(Text(metric), "before", "", "" if before is None else f"{before:z.3f}", "")
         for pair in results.pairs:
             found = results.difference(pair, metric)
             difference = "" if found is None else str(found)
             style = "bold" if pair == results.best.settings.pair else None
-            count, mean = str(len(results.of(pair))), f"{results.mean(pair, metric):.3f}"
+            count, mean = str(len(results.of(pair))), f"{results.mean(pair, metric):z.3f}"
             rows.add_row("", name_of(pair), count, mean, difference, style=style)
     return rows
 
@@ -38,8 +38,10 @@ def show(console: Console, results: SweepResults) -> None:
     console.print(table(results))
     for sentence in results.sentences():
         console.print(Text(f"\N{BULLET} {sentence}"))
-    note = "The intervals are of 95%, of rows and runs, and widened for the choice among several."
-    console.print(Text(f"\n{note}", "dim"))
+    differences = [results.difference(pair, results.metric) for pair in results.pairs]
+    if any(found is not None and found.half_width is not None for found in differences):
+        note = "The intervals are of 95%, of rows and runs, and widened for the choice among several."
+        console.print(Text(f"\n{note}", "dim"))
 
 
 def html_page(results: SweepResults, heading: str, image: bytes) -> str:

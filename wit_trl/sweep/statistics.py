@@ -55,7 +55,7 @@ class Difference:
         return self.half_width is not None and abs(self.value) > self.half_width
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
+        return f"{self.value:+z.3f}" + ("" if self.half_width is None else f" ± {self.half_width:.3f}")
 
 
 def run_variance(means: Mapping[tuple[Pair, int], float]) -> tuple[float, int]:

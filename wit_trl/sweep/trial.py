@@ -21,8 +21,15 @@ from huggingface_hub import snapshot_download
 from trl import DatasetMixtureConfig, ModelConfig
 
 from ..cli import end_with_launcher
-from ..cli.arguments import TRAINING_TYPES, Arguments, Flags, errors_in_one_sentence, split_debug
-from ..cli.loading import load_data, select_splits
+from ..cli.arguments import (
+    TRAINING_TYPES,
+    Arguments,
+    Flags,
+    errors_in_one_sentence,
+    refusals_in_one_sentence,
+    split_debug,
+)
+from ..cli.loading import TEST_SPLIT, load_data, select_splits
 from ..cli.sft import prepare
 from ..conversation.chat_template import tokenizer_of
 from ..trainer import WITSFTTrainer
@@ -67,7 +74,7 @@ def evaluation_sets(trial: SweepArguments, arguments: Arguments, trainer: WITSFT
     sets = {}
     for prefix, dataset in loaded.items():
         split = next(iter(dataset)) if prefix and len(dataset) == 1 else script_args.dataset_test_split
-        sets[prefix] = select_splits(dataset, [split], trainer.processing_class, trainer.args)[split]
+        (sets[prefix],) = select_splits(dataset, {TEST_SPLIT: split}, trainer.processing_class, trainer.args)
     return sets
 
 
@@ -219,14 +226,15 @@ def main(args: Sequence[str] | None = None) -> None:
                 "--retention_prompts 0, and name what should be kept with --eval_dataset."
             )
 
-    _tell("training")
-    trainer.train()
-    _tell("measuring")
-    if folder.name == "base":
-        answer_as_base(trial, trainer)
-    elif trial.keep != "none":
-        trainer.save_model(str(folder / "model"))
-    result = measure(trial, trainer, sets) | {"fingerprints": known}
+    with refusals_in_one_sentence(debug):
+        _tell("training")
+        trainer.train()
+        _tell("measuring")
+        if folder.name == "base":
+            answer_as_base(trial, trainer)
+        elif trial.keep != "none":
+            trainer.save_model(str(folder / "model"))
+        result = measure(trial, trainer, sets) | {"fingerprints": known}
     for name, value in result["metrics"].items():
         if not math.isfinite(value) and (name.startswith("eval_") or name == trial.metric):
             sys.exit(f"error: The training diverged: {name} is {value}.")
