@@ -16,7 +16,6 @@ from .config import WITSFTConfig
 from .data.collator import DataCollatorForWIT, check_weights, weight_settings
 from .data.columns import MESSAGE_COLUMNS, check_train_dataset
 from .data.preparation import DataPreparation
-from .data.prepared_rows import SPANS_COLUMN
 from .data.training_rows import TrainingRows, check_image_rows, prepare_rows
 from .data.vision_collator import DataCollatorForVisionLanguageWIT, explain_cut_images
 from .loss.lm_head import check_logits, prepare_lm_head, weighted_forward
@@ -179,8 +178,8 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
             transform, or are weighed by another data collator.
         """
         self.check_settings()
-        dataset, weights = self.train_dataset, (self.args.prompt_loss_weight, self.args.completion_loss_weight)
-        structure = self.args.structure_weights
+        dataset, structure = self.train_dataset, self.args.structure_weights
+        weights = self.args.prompt_loss_weight, self.args.completion_loss_weight
         settings: dict[str, Any] = {"loss_divisor": self.args.loss_divisor}
         if factors := self._factors_in_use():
             settings["token_factors"] = factors.meaning
@@ -193,15 +192,14 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         known = self._training_rows
         if known is None or dataset is not known.dataset:  # it was replaced, or its preparation was skipped
             known = TrainingRows(dataset)
-        report = weigh(dataset, weights, known.lengths, structure=structure)
-        return replace(report, dropped=known.dropped, **settings)
+        return replace(weigh(dataset, weights, known.lengths, structure=structure), dropped=known.dropped, **settings)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # collated as it is; and TRL would remove the text
             columns = [self.args.dataset_text_field, "weight"]
         else:
-            columns = [*MASK_COLUMNS, "attention_mask", "token_weights", SPANS_COLUMN, "weight"]
+            columns = [*MASK_COLUMNS, "attention_mask", "token_weights", "token_spans", "weight"]
         self._signature_columns += [name for name in columns if name not in self._signature_columns]
 
     def _reject_skip_prepare_without_labels(self, datasets, data_collator) -> None:

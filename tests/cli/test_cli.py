@@ -119,18 +119,11 @@ def test_embedded_default(tmp_path, monkeypatch):
     assert status == 0, output
     assert (
         "model: embedded, a Llama of 2 million parameters\n"
-<<<<<<< HEAD
-        "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n\n[prompt 0.2]"
+        "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n\n"
+        "[region weight] holds for the tokens that follow it, up to the next one. ▌ begins a document.\n\n[prompt 0.2]"
     ) in output
     assert output.count("\n▌Write[prompt 0.2] the Python function") == 3
     assert re.search(r"What is weighted in [\d,]+ rows", output)
-=======
-        "data set: embedded, functions of Python's standard library, split train\nmax_length: 256\n\n"
-        "[region weight] holds for the tokens that follow it, up to the next one. ▌ begins a document.\n\n[prompt 0.2]"
-    ) in process.stdout
-    assert process.stdout.count("\n▌Write[prompt 0.2] the Python function") == 3
-    assert re.search(r"What is weighted in [\d,]+ rows", process.stdout)
->>>>>>> faults
     assert {file.name for file in tmp_path.iterdir()} == {"page.html", "page.png"}  # and no output folder
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 

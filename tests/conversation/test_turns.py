@@ -208,7 +208,7 @@ def test_texts_of_a_content_are_joined_where_a_template_writes_one(name, templat
 
     parts = [{"type": "text", "text": "Some "}, {"type": "text", "text": "text."}]
     assert conversation("Hi", parts).text == conversation("Hi", "Some text.").text
-    with pytest.raises(ValueError, match="prints a `content` of several parts|cannot render|leaves out turn 1"):
+    with pytest.raises(ValueError, match=r"prints a `content` of several parts|cannot render|leaves out turn 1"):
         conversation("Hi", [*parts, {"type": "image"}])
 
 

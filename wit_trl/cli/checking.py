@@ -66,9 +66,10 @@ def check_model(arguments: Arguments) -> Iterator[Check]:
         rows = Dataset.from_list(
             list(itertools.islice(dataset[split], args.per_device_train_batch_size)), dataset[split].features
         )
-        yield from check_endpoints(
-            trainer, select_splits(DatasetDict({split: rows}), [split], trainer.processing_class, args)[split]
+        (rows,) = select_splits(
+            DatasetDict({split: rows}), {"--dataset_train_split": split}, trainer.processing_class, args
         )
+        yield from check_endpoints(trainer, rows)
 
 
 def advice(seconds: dict[str, float], device: str, wrong: set[str]) -> str:
