@@ -85,7 +85,7 @@ def make_model(kind, folder):
         "vocab_size": 60,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 1,  # how engines go from layer to layer is theirs
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "head_dim": 8,  # which DeepSpeed's sequence parallelism does not work out where it is `None`
