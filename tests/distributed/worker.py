@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -42,7 +43,6 @@ from wit_trl.sweep import retention
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 LORA_WITH_HEAD = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-retention.MAX_ANSWER_TOKENS = 12  # for each of which every engine gathers the model
 # name: (weights, model, arguments of the trainer's configuration, configuration of PEFT)
 SCENARIOS = {
     "weighted": ((0.2, 0.8), "untied", {"save_strategy": "steps", "save_steps": 2}, None),
@@ -188,7 +188,8 @@ def run(folder, scenario, batch_size, accumulation):
     metrics = trainer.evaluate()
     rows = trainer.evaluate_rows().to_list() if scenario in ("weighted", "qlora") else []
     prompts = [[5, 9, 12], [7]] if scenario in ("weighted", "qlora") else []
-    written = retention.answers(trainer, prompts) if retention.can_answer(trainer) else None
+    with mock.patch.object(retention, "MAX_ANSWER_TOKENS", 12):  # for each of which every engine gathers the model
+        written = retention.answers(trainer, prompts) if retention.can_answer(trainer) else None
     if fsdp1:
         with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
             parameters = {name: p.detach().clone() for name, p in trainer.model_wrapped.named_parameters()}

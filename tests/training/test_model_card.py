@@ -9,6 +9,8 @@ SETTINGS = (
     "- prompt_loss_weight: 0.2",
     "- completion_loss_weight: 0.8",
     "- role_loss_weights: None",
+    "- span_loss_weights: None",
+    "- regex_loss_weights: None",
     "- chat_template_loss_weight: 1.0",
     "- completion_turns: all",
 )

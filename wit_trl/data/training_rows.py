@@ -153,7 +153,7 @@ def _check_targets(rows: AnyDataset, regions: list[str], preparation: DataPrepar
 def check_image_rows(dataset: AnyDataset, collator: DataCollatorForVisionLanguageWIT, args: WITSFTConfig) -> None:
     """
     Raises `ValueError` if a row is wrong but for its images, which are not read, or if no row has a target, in its
-    completion if that has a weight: it stops at the first that has one.
+    completion if that has a weight: it stops at the first that has one. Tells the rest as for rows of text.
     """
     in_completion = args.completion_loss_weight > 0
 
