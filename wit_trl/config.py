@@ -63,7 +63,8 @@ class WITSFTConfig(SFTConfig):
             that end the turn). Others have the factor 1. The losses of these spans are logged, too.
         regex_loss_weights (`dict[str, float]`, *optional*):
             Factors for what patterns of [`re`](https://docs.python.org/3/library/re.html) match in the contents of the
-            completion, such as `{"\\boxed\{.*?\}": 3.0}`. Those of several patterns multiply.
+            completion, such as `{"\\boxed\{.*?\}": 3.0}`: for each token that holds a character of it. Those of
+            several patterns multiply.
         chat_template_loss_weight (`float`, *optional*, defaults to `1.0`):
             Factor for the weight of the prompt tokens that the chat template writes itself: headers, separators, the
             end-of-turn token of a turn that is not the assistant's, a default system prompt. 0 leaves them out, as

@@ -37,6 +37,11 @@ def token_begins(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.minimum(starts, np.append(0, ends[:-1])) if len(ends) else starts
 
 
+def first_holding(begins: np.ndarray, character: int) -> int:
+    """Returns the position of the first token that holds a character, from the characters with which tokens begin."""
+    return int(np.searchsorted(begins, begins[np.searchsorted(begins, character, "right") - 1]))
+
+
 class TokenPositions:
     """
     Maps characters of a text to its tokens, as if the text were tokenized up to each of them. What is tokenized is only
@@ -83,6 +88,10 @@ class TokenPositions:
         if self._begins is None:
             return self.past(character, turns)
         return min(int(np.searchsorted(self._begins, character)), self.count)
+
+    def holding(self, character: int, turns: int) -> int:
+        """Returns the position of the first token that holds a character. `turns` as in `at`."""
+        return self.at(character, turns) if self._begins is None else first_holding(self._begins, character)
 
     @functools.cached_property
     def _begins(self) -> np.ndarray | None:

@@ -134,7 +134,7 @@ def _spans(
         is_completion = np.asarray(regions) == 1
         for bit, pattern in enumerate(structure.regex_loss_weights, start=PATTERN_BIT):
             for start, end in matches(pattern, conversation.text, contents):
-                found = slice(positions.first_from(start, 0), positions.first_from(end, 0))
+                found = slice(positions.holding(start, 0), positions.first_from(end, 0))
                 codes[found] |= is_completion[found] * np.int32(1 << bit)
     return codes, left_out
 

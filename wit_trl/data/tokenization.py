@@ -21,7 +21,7 @@ from ..conversation.chat_template import check_marks, chosen_chat_template, trai
 from ..conversation.messages import check_answer, check_unicode, read_messages
 from ..conversation.patterns import matches
 from ..conversation.template_memory import TemplateMemory
-from ..conversation.token_positions import token_begins
+from ..conversation.token_positions import first_holding, token_begins
 from ..conversation.tool_calls import read_tools
 from ..conversation.turn_weights import Weighed, span_factors, weigh_conversation
 from ..conversation.turns import Conversation
@@ -83,28 +83,33 @@ class RowTokenizer:
         else:
             prompts = self._encode([row["prompt"] for row in rows], add_special_tokens=True)
             regions = [_regions(input_ids, prompt) for input_ids, prompt in zip(whole, prompts, strict=True)]
-        texts = [text + end for text, end in zip(texts, ends, strict=True)]
-        return [(row[0], self._weigh_text(*row)) for row in zip(whole, regions, texts, parts, strict=True)]
+        starts = [len(text) - len(row[self.columns[-1]]) for text, row in zip(texts, rows, strict=True)]
+        columns = zip(whole, regions, texts, ends, starts, parts, strict=True)
+        return [(input_ids, self._weigh_text(input_ids, *others)) for input_ids, *others in columns]
 
     def _weigh_text(
-        self, input_ids: list[int], regions: list[int], text: str, parts: list[tuple[int, int, float]]
+        self,
+        input_ids: list[int],
+        regions: list[int],
+        text: str,
+        end_of_text: str,
+        start_of_completion: int,
+        parts: list[tuple[int, int, float]],  # the characters and the weight of what has one
     ) -> Weighed:
-        """Returns what the tokens of a text are. `parts` have the characters of what has a weight."""
         weights, patterns = np.ones(len(input_ids), np.float32), self.structure.regex_loss_weights
         if not parts and not patterns:
             return Weighed(regions, weights)
         if not self._is_fast:
             raise ValueError("parts of a text and `regex_loss_weights` need a fast tokenizer. Load one (`use_fast`).")
-        begins = token_begins(self.processing_class(text, return_offsets_mapping=True)["offset_mapping"])
+        begins = token_begins(self.processing_class(text + end_of_text, return_offsets_mapping=True)["offset_mapping"])
         for start, end, weight in parts:
             weights[slice(*np.searchsorted(begins, (start, end)))] *= np.float32(weight)
         if not patterns:
             return Weighed(regions, weights)
         codes, is_completion = np.zeros(len(input_ids), np.int32), np.asarray(regions) == 1
-        first = int(begins[is_completion.argmax()]) if is_completion.any() else len(text)
         for bit, pattern in enumerate(patterns, start=PATTERN_BIT):
-            for start, end in matches(pattern, text, [(first, len(text))]):
-                found = slice(*np.searchsorted(begins, (start, end)))
+            for start, end in matches(pattern, text, [(start_of_completion, len(text))]):
+                found = slice(first_holding(begins, start), int(np.searchsorted(begins, end)))
                 codes[found] |= is_completion[found] * np.int32(1 << bit)
         return Weighed(regions, weights * span_factors(codes, self.structure), codes)
 
