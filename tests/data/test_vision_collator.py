@@ -17,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from wit_trl import DataCollatorForVisionLanguageWIT, WITSFTConfig
 from wit_trl.conversation.chat_template import training_chat_template
 from wit_trl.data.training_rows import check_image_rows
+from wit_trl.weights import SPANS
 
 from ..vision_families import FAMILIES, make_processor
 
@@ -116,6 +117,32 @@ def test_what_stands_for_an_image_is_never_a_target(kind, family, processor):
     assert set(region.unique().tolist()) == {-100, 0, 1}
     torch.testing.assert_close(batch["token_weights"], 0.2 * (region == 0) + 0.8 * (region == 1))
     torch.testing.assert_close(batch["labels"], batch["input_ids"].masked_fill(never, -100))
+
+
+@pytest.mark.parametrize("kind", ["messages", "prompt_completion"])
+def test_spans_and_patterns_have_weights(kind, name, family, processor):
+    plain = DataCollatorForVisionLanguageWIT(processor)(examples(kind))
+    settings = {"span_loss_weights": {"answer": 0.5, "end_of_turn": 2.0}, "regex_loss_weights": {r"\w+": 3.0}}
+    collator = DataCollatorForVisionLanguageWIT(processor, **settings)
+    if name == "mllama" and kind == "prompt_completion":  # the processor puts `<s>` before the completion
+        with pytest.raises(ValueError, match="or what is inside them, have different weights, but its tokens"):
+            collator(examples(kind))
+        return
+    batch = collator(examples(kind))
+    for answers, input_ids, region, codes in zip(
+        ANSWERS, batch["input_ids"], batch["completion_mask"], batch["token_spans"], strict=True
+    ):
+        said = runs(processor, input_ids, codes % 8 == SPANS.index("answer"))
+        assert [text.strip() for text in said] == answers
+        ends = runs(processor, input_ids, codes % 8 == SPANS.index("end_of_turn"))
+        if name != "glm46v":  # which ends a turn by the header of the next
+            assert [text.strip() for text in ends] == [family.end_of_turn] * len(answers)
+        matched = codes >> 3 & 1 == 1
+        assert (region[matched] == 1).all()
+        assert "".join(runs(processor, input_ids, matched))
+    factors = torch.tensor([1.0, 1.0, 1.0, 0.5, 2.0])[batch["token_spans"] % 8]
+    factors = torch.where(batch["token_spans"] >> 3 & 1 == 1, 3 * factors, factors)
+    torch.testing.assert_close(batch["token_weights"], plain["token_weights"] * factors)
 
 
 @pytest.mark.parametrize("kind", ["messages", "prompt_completion"])
@@ -396,5 +423,5 @@ def test_null_arguments_that_arrow_adds_are_left_out_and_told(streaming, tmp_pat
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]
     data = Dataset.from_list(rows)
     check_image_rows(data.to_iterable_dataset() if streaming else data, collator, WITSFTConfig(tmp_path, use_cpu=True))
-    assert "Row 0 of the train dataset: in turn 1 of `messages`, the argument `text` of the call of `f0`" in caplog.text
+    assert "Row 0 of the train dataset: in turn 1 of `messages`, the argument 'text' of the call of 'f0'" in caplog.text
     assert '"arguments": {"x": 1}' in processor.tokenizer.decode(collator([data[0]])["input_ids"][0])

@@ -9,20 +9,20 @@ from ..weights import compile_pattern
 _SECONDS = 1.0  # for a pattern in a row
 
 
-def matches(pattern: str, text: str, parts: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def matches(pattern: str, text: str, parts: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     """
-    Yields the characters that a pattern matches in each part of a text, as if the part stood alone.
+    Yields the number of a part of the text and the characters that a pattern matches in it, as if it stood alone.
 
     Raises:
         `ValueError`: it takes too long, as patterns do that try the same characters again and again.
     """
     end_of_time = time.monotonic() + _SECONDS
-    for start, end in parts:
+    for number, (start, end) in enumerate(parts):
         try:
             found = compile_pattern(pattern).finditer(
                 text[start:end], timeout=max(end_of_time - time.monotonic(), 1e-3)
             )
-            yield from ((start + match.start(), start + match.end()) for match in found if match.end() > match.start())
+            yield from ((number, start + each.start(), start + each.end()) for each in found if each[0])
         except TimeoutError as error:
             raise ValueError(
                 f"the pattern {pattern!r} of `regex_loss_weights` takes longer than {_SECONDS:g} s. Write it without "

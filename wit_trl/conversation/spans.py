@@ -134,9 +134,9 @@ def contents_of(conversation: Conversation, turn: int) -> list[Span]:
     return [(found[0][0], found[-1][1])]  # with the tags of thinking in it
 
 
-def weighed_characters(conversation: Conversation) -> Iterator[tuple[int, int, float]]:
+def weighed_characters(conversation: Conversation) -> Iterator[tuple[int, int, int, float]]:
     """
-    Yields the characters and the weight of each part of the contents that have weights.
+    Yields the turn, the characters and the weight of each part of the contents that have weights.
 
     Raises:
         `ValueError`: the template changes what a turn says.
@@ -155,4 +155,4 @@ def weighed_characters(conversation: Conversation) -> Iterator[tuple[int, int, f
                 f"the chat template changes what turn {turn} says, so its parts cannot have a `weight`. Choose another "
                 "template (`chat_template_path`), or weigh the message."
             )
-        yield from ((*span, weight) for span, (_, weight) in zip(written, weights, strict=True))
+        yield from ((turn, *span, weight) for span, (_, weight) in zip(written, weights, strict=True))

@@ -89,6 +89,11 @@ class TokenPositions:
             return self.past(character, turns)
         return min(int(np.searchsorted(self._begins, character)), self.count)
 
+    def boundary(self, character: int, turns: int) -> int:
+        """Returns the same as `first_from`, without tokenizing the text again where a token begins at the character."""
+        position, begins_there = self._find(character, turns)
+        return position if begins_there else self.first_from(character, turns)
+
     def holding(self, character: int, turns: int) -> int:
         """Returns the position of the first token that holds a character. `turns` as in `at`."""
         return self.at(character, turns) if self._begins is None else first_holding(self._begins, character)

@@ -63,8 +63,8 @@ def weigh_conversation(
     if not structure.has_spans and not conversation.part_weights:
         return Weighed(regions, weights)
     positions = conversation.positions(input_ids)
-    for start, end, weight in weighed_characters(conversation):
-        weights[positions.first_from(start, 0) : positions.first_from(end, 0)] *= np.float32(weight)
+    for turn, start, end, weight in weighed_characters(conversation):
+        weights[positions.first_from(start, turn + 1) : positions.first_from(end, turn + 1)] *= np.float32(weight)
     if not structure.has_spans:
         return Weighed(regions, weights)
     spans, left_out = _spans(conversation, positions, regions, structure, answers)
@@ -120,21 +120,24 @@ def _spans(
         spans, is_left_out = spans_of_turn(conversation, turn)
         left_out += is_left_out
         for name, start, end in spans:
-            last = positions.first_from(end, turn + 1)
             if name == "end_of_turn":
                 last = conversation.end_of_turn(turn, positions)
-            codes[positions.first_from(start, turn + 1) : last] = SPANS.index(name)
+            else:
+                last = positions.boundary(end, turn + 1)
+            codes[positions.boundary(start, turn + 1) : last] = SPANS.index(name)
     if structure.regex_loss_weights:
         if conversation.contents is None:
             raise ValueError(
                 "the chat template changes what messages say, so contents cannot be found. Choose another template "
                 "(`chat_template_path`), or leave `regex_loss_weights` unset."
             )
-        contents = [span for turn in answers for span in contents_of(conversation, turn)]
+        contents = [(turn, span) for turn in answers for span in contents_of(conversation, turn)]
+        texts = [span for _, span in contents]
         is_completion = np.asarray(regions) == 1
         for bit, pattern in enumerate(structure.regex_loss_weights, start=PATTERN_BIT):
-            for start, end in matches(pattern, conversation.text, contents):
-                found = slice(positions.holding(start, 0), positions.first_from(end, 0))
+            for number, start, end in matches(pattern, conversation.text, texts):
+                turns = contents[number][0] + 1
+                found = slice(positions.holding(start, turns), positions.first_from(end, turns))
                 codes[found] |= is_completion[found] * np.int32(1 << bit)
     return codes, left_out
 

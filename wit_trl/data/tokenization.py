@@ -108,7 +108,7 @@ class RowTokenizer:
             return Weighed(regions, weights)
         codes, is_completion = np.zeros(len(input_ids), np.int32), np.asarray(regions) == 1
         for bit, pattern in enumerate(patterns, start=PATTERN_BIT):
-            for start, end in matches(pattern, text, [(start_of_completion, len(text))]):
+            for _, start, end in matches(pattern, text, [(start_of_completion, len(text))]):
                 found = slice(first_holding(begins, start), int(np.searchsorted(begins, end)))
                 codes[found] |= is_completion[found] * np.int32(1 << bit)
         return Weighed(regions, weights * span_factors(codes, self.structure), codes)

@@ -194,17 +194,21 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
 
     def _check_turns(self, completion: Messages, conversation: Conversation, input_ids: list[int]) -> None:
         """
-        Raises `ValueError` if turns of a completion have different weights or regions, but cannot be found, because
-        their tokens are not those of the whole conversation.
+        Raises `ValueError` if turns of a completion, or what is inside them, have different weights or regions, but
+        cannot be found, because their tokens are not those of the whole conversation.
         """
         structure = self.structure_weights
+        which = conversation.completion_turns or structure.completion_turns
         weights = {(turn.get("weight"), structure.role_loss_weights.get(turn["role"])) for turn in completion}
-        if len(weights) <= 1 and (structure.completion_turns != "last" or len(completion) <= 1):
+        is_cut = any(turn.get("completion") is False for turn in completion) or (which != "all" and len(completion) > 1)
+        is_inside = bool(completion) and (structure.has_spans or bool(conversation.part_weights))
+        if not (len(weights) > 1 or is_cut or is_inside):
             return
         if [int(token) for token in conversation.tokenize()["input_ids"][: len(input_ids)]] != input_ids:
             raise ValueError(
-                "the turns of `completion` have different weights, but its tokens are other ones than those of the "
-                "whole conversation, so its turns cannot be found. Pass the conversation as `messages`."
+                "the turns of `completion`, or what is inside them, have different weights, but its tokens are other "
+                "ones than those of the whole conversation, so its turns cannot be found. Pass the conversation as "
+                "`messages`."
             )
 
     def _placeholder_ids(self, image_texts: set[str]) -> torch.Tensor:
