@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from .loss.params import FUSED_HEADS
 from .loss.token_factors import TOKEN_FACTORS
-from .weights import COMPLETION_TURNS, SPANS, WEIGHT_RANGE, StructureWeights, check_pattern, is_weight
+from .weights import COMPLETION_TURNS, MOST_PATTERNS, SPANS, WEIGHT_RANGE, StructureWeights, check_pattern, is_weight
 
 
 if TYPE_CHECKING:
@@ -152,6 +152,11 @@ class WITSFTConfig(SFTConfig):
             raise ValueError(f"`span_loss_weights` names {unknown}, but the spans are {[*SPANS[1:]]}.")
         for pattern in self.regex_loss_weights or {}:
             check_pattern(pattern)
+        if (patterns := len(self.regex_loss_weights or {})) > MOST_PATTERNS:
+            raise ValueError(
+                f"`regex_loss_weights` has {patterns} patterns, but may have {MOST_PATTERNS}. Join those of the same "
+                "weight with `|`."
+            )
         for name in ("completion_turns", "loss_type", "loss_divisor", "fused_head"):
             value, choices = getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"]
             if value not in choices:

@@ -57,11 +57,9 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
     training, a region of weight 0 is not computed. Evaluation has them always, with the prefix `eval_`: exact means
     over the evaluation set, whatever the batch size and the number of ranks, as `eval_loss` is. They compare runs of
     different weights. `loss` does not, nor do `entropy` and `mean_token_accuracy`, means over tokens with a weight.
+    With `span_loss_weights`, the loss of each span is logged too, such as `completion_thinking_loss`.
 
-    It overrides `_prepare_dataset` (one map), `_set_signature_columns_if_needed` and
-    `_reject_skip_prepare_without_labels` (columns with weights), `_prepare_inputs` (weights stay float32),
-    `compute_loss`, `log`, `train` (a table comes first) and `create_model_card`. [`EvaluationMixin`] and
-    [`ParallelMixin`] override the rest. All else is inherited unchanged.
+    What it overrides is below, in [`EvaluationMixin`] and in [`ParallelMixin`]. All else is inherited unchanged.
 
     Raises:
         `ValueError`: `compute_loss_func` is passed; the model is an encoder-decoder; the data collator does not return
@@ -186,7 +184,8 @@ class WITSFTTrainer(EvaluationMixin, ParallelMixin, SFTTrainer):
         if isinstance(self.data_collator, DataCollatorForVisionLanguageWIT):
             rows = self.data_collator.tokenize_first_rows(dataset, IMAGE_ROWS)
             partial = not isinstance(dataset, Dataset) or len(rows) < len(dataset)
-            return replace(weigh(rows, weights, partial=partial, structure=structure), **settings)
+            report = weigh(rows, weights, partial=partial, structure=structure)
+            return replace(report, thinking_left_out=None, **settings)
         if not isinstance(self.data_collator, DataCollatorForWIT):
             raise ValueError("The data collator is another one than `DataCollatorForWIT`, which may weigh otherwise.")
         known = self._training_rows

@@ -31,6 +31,7 @@ REGIONS = {0: "prompt", 1: "completion", -100: "never a target"}
 # token in none, such as that of a header; and from the bit `PATTERN_BIT` on, a bit for each pattern that it matches
 SPANS = ("", "thinking", "tool_calls", "answer", "end_of_turn")
 PATTERN_BIT = 3
+MOST_PATTERNS = 28  # for which a code has bits
 compile_pattern = functools.cache(regex.compile)
 COMPLETION_TURNS = ("all", "last", "last_round")
 
@@ -61,12 +62,15 @@ class StructureWeights:
         """The names of the spans that are noted."""
         return SPANS[1:] if self.span_loss_weights else ()
 
-    def tokens_of_spans(self, codes: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields each span and pattern that is noted, and which of the tokens with these codes are part of it."""
+    def tokens_of_spans(self, codes: np.ndarray) -> Iterator[tuple[str, float | None, np.ndarray]]:
+        """
+        Yields each span and pattern that is noted, its weight (`None` for one that is not named), and which of the
+        tokens with these codes are part of it.
+        """
         for name in self.spans:
-            yield name, codes % 2**PATTERN_BIT == SPANS.index(name)
-        for bit, pattern in enumerate(self.regex_loss_weights, start=PATTERN_BIT):
-            yield pattern, codes >> bit & 1 == 1
+            yield name, self.span_loss_weights.get(name), codes % 2**PATTERN_BIT == SPANS.index(name)
+        for bit, (pattern, weight) in enumerate(self.regex_loss_weights.items(), start=PATTERN_BIT):
+            yield f"/{pattern}/", weight, codes >> bit & 1 == 1
 
     @property
     def of_conversations(self) -> bool:
@@ -147,7 +151,7 @@ def check_pattern(pattern: str) -> None:
     """Raises `ValueError` for what is no pattern."""
     try:
         compile_pattern(pattern)
-    except regex.error as error:
+    except (regex.error, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"`regex_loss_weights` has {pattern!r}, which is no pattern: {error}.") from error
 
 

@@ -122,8 +122,10 @@ def test_table_and_rows_tell_of_spans(prepare, tokenizer):  # noqa: F811
     codes, weights = np.asarray(row["token_spans"]), np.asarray(row["token_weights"])
     digits = codes >> 3 & 1 == 1
     assert tokenizer.decode(np.asarray(row["input_ids"])[digits]) == " 3"
-    for name, tokens in [*((name, codes % 8 == code) for code, name in enumerate(SPANS) if name), (r"\d", digits)]:
-        assert report.spans[name] == (tokens.sum(), pytest.approx(0.8 * weights[tokens].sum()))
+    factors = {"thinking": 0.5, r"/\d/": 3.0}
+    for name, tokens in [*((name, codes % 8 == code) for code, name in enumerate(SPANS) if name), (r"/\d/", digits)]:
+        expected = (factors.get(name, 1), tokens.sum(), pytest.approx(0.8 * weights[tokens].sum()))
+        assert report.spans[name] == expected
     console = Console(file=io.StringIO(), width=120)
     console.print(report)
     table = console.file.getvalue()
@@ -132,7 +134,7 @@ def test_table_and_rows_tell_of_spans(prepare, tokenizer):  # noqa: F811
     assert r"\d" in table
     shown = show_row(row, tokenizer, (0.2, 0.8), trainer.args.structure_weights).plain
     assert "[completion thinking 0.4]" in shown
-    assert r"[completion answer \d 2.4]" in shown
+    assert r"[completion answer /\d/ 2.4]" in shown
 
 
 def test_thinking_that_the_template_leaves_out_is_counted(prepare, tokenizer):  # noqa: F811
@@ -209,7 +211,7 @@ def test_pattern_that_takes_too_long_names_the_row(prepare, monkeypatch):  # noq
 
 def test_what_matches_nothing_is_told(prepare, caplog):  # noqa: F811
     prepare([{"messages": AGENT[:1] + AGENT[3:]}], span_loss_weights={"tool_calls": 2}, regex_loss_weights={"xyz": 2})
-    assert "Nothing in the first 1,000 rows of the train dataset is one of ['tool_calls', 'xyz']" in caplog.text
+    assert "Nothing in the first 1,000 rows of the train dataset is one of ['tool_calls', '/xyz/']" in caplog.text
     caplog.clear()
     assert training_rows._FIRST_ROWS == 1000
     prepare([{"messages": AGENT}], span_loss_weights={"tool_calls": 2}, regex_loss_weights={"three": 2})
@@ -222,6 +224,8 @@ def test_what_matches_nothing_is_told(prepare, caplog):  # noqa: F811
         ({"span_loss_weights": {"thoughts": 1}}, r"names \['thoughts'\], but the spans are \['thinking', 'tool_calls'"),
         ({"span_loss_weights": {"thinking": -1}}, r"`span_loss_weights\['thinking'\]` is -1"),
         ({"regex_loss_weights": {"(a": 1}}, r"`regex_loss_weights` has '\(a', which is no pattern: missing \)"),
+        ({"regex_loss_weights": {"(?au)x": 1}}, r"`regex_loss_weights` has '\(\?au\)x', which is no pattern"),
+        ({"regex_loss_weights": {str(n): 1 for n in range(29)}}, "has 29 patterns, but may have 28"),
         ({"regex_loss_weights": ["a"]}, "must be a dict of patterns"),
         ({"completion_turns": "first"}, r"must be one of \['all', 'last', 'last_round'\]"),
     ],
@@ -269,3 +273,59 @@ def test_a_message_may_be_prompt(prepare, tokenizer):  # noqa: F811
         prepare([{"messages": [AGENT[0], {**AGENT[3], "completion": "no"}]}])
     with pytest.raises(ValueError, match="`completion_turns` is 'first', but must be one of"):
         prepare([{"messages": AGENT, "completion_turns": "first"}])
+
+
+def test_pattern_that_is_called_as_a_span(prepare):  # noqa: F811
+    settings = {"span_loss_weights": {"answer": 0.5}, "regex_loss_weights": {"answer": 3.0}}
+    messages = [AGENT[0], {"role": "assistant", "content": "The answer is three."}]
+    trainer, _ = prepare([{"messages": messages}], **settings)
+    row = trainer.train_dataset[0]
+    assert set(np.asarray(row["token_weights"])[np.asarray(row["token_spans"]) % 8 == 3]) == {0.5, 1.5}
+    assert {"answer", "/answer/"} <= trainer.weight_report().spans.keys()
+
+
+def test_28_patterns(prepare):  # noqa: F811
+    names = [f"t{'h' * n}" for n in range(27)] + ["three"]
+    trainer, _ = prepare([{"messages": [AGENT[0], AGENT[3]]}], regex_loss_weights=dict.fromkeys(names, 2.0))
+    row = trainer.train_dataset[0]
+    assert max(row["token_weights"]) == 2.0**3  # "t", "th" and "three"
+
+
+def test_thinking_that_is_left_out_and_ends_as_another(prepare, tokenizer):  # noqa: F811
+    tokenizer.chat_template = THINKING_TEMPLATE.replace(
+        "{% if m.reasoning_content", "{% if loop.last and m.reasoning_content"
+    )
+    trainer, _ = prepare([{"messages": [AGENT[0], AGENT[3]] * 2}], span_loss_weights={"thinking": 0.5})
+    assert texts_of(trainer.train_dataset[0], tokenizer)["thinking"] == "<think>So it is.</think>"
+    assert trainer.train_dataset[0]["thinking_left_out"] == 1
+
+
+@pytest.mark.parametrize("before", ["", "\n", "  "])
+def test_thinking_in_a_content(before, prepare, tokenizer):  # noqa: F811
+    answer = {"role": "assistant", "content": f"{before}<think>I add.</think>It is three."}
+    trainer, _ = prepare([{"messages": [AGENT[0], answer]}], span_loss_weights={"thinking": 0.5})
+    found = texts_of(trainer.train_dataset[0], tokenizer)
+    assert (found["thinking"], found["answer"]) == ("<think>I add.</think>", "It is three.")
+    for content in ("Well. <think>I add.</think>3", "<think>a</think>b<think>c</think>d", "a</think>b"):
+        with pytest.raises(ValueError, match="turn 1 has `</think>` inside its answer"):
+            prepare(
+                [{"messages": [AGENT[0], {"role": "assistant", "content": content}]}],
+                span_loss_weights={"thinking": 0.5},
+            )
+
+
+def test_rows_without_a_completion_are_prompts(prepare):  # noqa: F811
+    messages = [AGENT[0], {**AGENT[3], "completion": False}]
+    trainer, _ = prepare([{"messages": messages}, {"messages": [AGENT[0], AGENT[3]]}])
+    assert set(trainer.train_dataset[0]["completion_mask"]) == {0}
+
+
+def test_prepared_rows_are_prepared_again(prepare):  # noqa: F811
+    trainer, _ = prepare([{"messages": AGENT}], span_loss_weights={"thinking": 0.5})
+    again, _ = prepare(trainer.train_dataset.to_list(), steps=1, max_length=20)
+    assert len(again.train_dataset[0]["input_ids"]) == 20
+
+
+def test_column_that_texts_do_not_have_is_told(prepare, caplog):  # noqa: F811
+    prepare([{"prompt": "Hi", "completion": "Yes", "completion_turns": "last"}])
+    assert "dataset has ['completion_turns'], which is ignored" in caplog.text

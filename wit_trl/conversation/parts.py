@@ -24,7 +24,7 @@ from .tool_calls import calls_of, function_of
 # Around the number of a text: the first pair that the conversation has not. Python's form of a list escapes the last
 _PAIRS = (("\u2e22", "\u2e23"), ("\u2e24", "\u2e25"), ("\ue000", "\ue001"))
 
-_THINKING = re.compile("<think>(.*?)</think>(.*)", re.DOTALL)
+_THINKING = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 Span = tuple[int, int]
 
@@ -106,7 +106,7 @@ def _with_probes(message: dict[str, Any], probes: Iterator[str]) -> dict[str, An
     content = message.get("content") or ""
     if found := thinking_in(content):
         thinking, answer = (next(probes) if text.strip() else text for text in found.groups())
-        return {**message, "content": f"<think>{thinking}</think>{answer}"}
+        return {**message, "content": f"{content[: found.start(1)]}{thinking}</think>{answer}"}
     if isinstance(content, str):
         return {**message, "content": next(probes)} if content.strip() else message
     return {**message, "content": [{**p, "text": next(probes)} if p["type"] == "text" else p for p in content]}
@@ -152,7 +152,7 @@ def variants(content: str) -> Iterator[str]:
 
 def thinking_of(message: dict[str, Any]) -> str | None:
     """Returns what is thought before an answer, `None` for nothing."""
-    return next((message[key] for key in THINKING if (message.get(key) or "").strip()), None)
+    return next((said for key in THINKING if isinstance(said := message.get(key), str) and said.strip()), None)
 
 
 def thinks(message: dict[str, Any]) -> bool:
@@ -161,26 +161,30 @@ def thinks(message: dict[str, Any]) -> bool:
     return thinking_of(message) is not None or (found is not None and bool(found[1].strip()))
 
 
-def as_written(messages: Messages, text: str, without_blank: bool) -> Messages:
+def as_written(messages: Messages, text: str, last_round_only: bool) -> Messages:
     """
     Returns messages without what is not in the text: what is said beside calls, and thinking, which has a key of its
-    own or stands in a content. Some templates leave its tags. Thinking of no characters may go as well.
+    own or stands in a content. Some templates leave its tags. With `last_round_only`, all thinking
+    before the last question goes, and that of no characters.
     """
     read = []
-    for message in messages:
+    last_question = max((turn for turn, message in enumerate(messages) if message["role"] == "user"), default=0)
+    for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             if calls_of(message) and missing_end(message_texts(message), text) is not None:
                 message = {**message, "content": ""}
             found = thinking_in(message.get("content"))
-            keys = [key for key in THINKING if message.get(key) is not None]
+            keys = [key for key in THINKING if isinstance(message.get(key), str)]
             said = [found[1] if found else "", *(message[key] for key in keys)]
-            if missing_end(said, text) is not None:
+            is_blank = not "".join(said).strip()
+            goes = last_round_only and turn < last_question and not is_blank
+            if goes or missing_end(said, text) is not None:
                 message = {key: value for key, value in message.items() if key not in keys}
                 if isinstance(content := message.get("content") or "", str):
                     answer = found[2] if found else content
                     tags = "<think></think>\n" if answer.strip() else "<think></think>"
                     message["content"] = (tags if tags + answer.strip() in text else "") + answer
-            elif without_blank and not "".join(said).strip():
+            elif last_round_only and is_blank:
                 message = {key: value for key, value in message.items() if key not in keys}
         read.append(message)
     return read

@@ -65,6 +65,11 @@ def spans_of_turn(conversation: Conversation, turn: int) -> tuple[list[TurnSpan]
         if first >= 0:  # with its tags, and with the whitespace that a template writes after it
             spans.append(TurnSpan("thinking", first, end_of_it))
     if texts:
+        if "</think>" in text[text_start:text_end]:
+            raise ValueError(
+                f"turn {turn} has `</think>` inside its answer, so its thinking cannot be told. Put it first in the "
+                "`content`, between `<think>` and `</think>`, or into `reasoning_content`."
+            )
         spans.append(TurnSpan("answer", text_start, text_end))
     return [*spans, TurnSpan("end_of_turn", ending, end)], left_out
 
@@ -92,8 +97,8 @@ def _calls(text: str, start: int, end: int, text_start: int, text_end: int, fram
 def _frame(conversation: Conversation, turn: int) -> Frame:
     """Returns what the template writes around an answer of probes in the place of a turn."""
     message = conversation.messages[turn]
-    blank = {key: message[key] for key in THINKING if key in message and not (message[key] or "").strip()}
-    keys = [key for key in THINKING if message.get(key) and key not in blank]
+    keys = [key for key in THINKING if isinstance(message.get(key), str) and message[key].strip()]
+    blank = {key: message[key] for key in THINKING if key in message and key not in keys}
     known, key = conversation.frames, (*blank, *conversation.kind_of_turn(turn))
     if key not in known:
         text_probe, thinking_probe = _PROBES
@@ -129,9 +134,13 @@ def _render_answer(conversation: Conversation, turn: int, answer: dict[str, Any]
 def contents_of(conversation: Conversation, turn: int) -> list[Span]:
     """Returns the characters of each content of a turn, which may be one of several parts."""
     found = [content[:2] for content in (conversation.contents or [])[turn]]
-    if isinstance(conversation.messages[turn].get("content"), list) or not found:
+    content = conversation.messages[turn].get("content")
+    if isinstance(content, list) or not found:
         return found
-    return [(found[0][0], found[-1][1])]  # with the tags of thinking in it
+    start = found[0][0]
+    if (inside := thinking_in(content)) and inside[1].strip():  # from its tag on
+        start = max(conversation.text.rfind("<think>", 0, start), 0)
+    return [(start, found[-1][1])]
 
 
 def weighed_characters(conversation: Conversation) -> Iterator[tuple[int, int, int, float]]:
@@ -144,6 +153,8 @@ def weighed_characters(conversation: Conversation) -> Iterator[tuple[int, int, i
     for turn, weights in conversation.part_weights.items():
         written = [] if conversation.contents is None else contents_of(conversation, turn)
         content = conversation.messages[turn].get("content")
+        if isinstance(content, str) and not content.strip():
+            continue
         if isinstance(content, str) and written:  # all of them are in one text, which may be trimmed
             start, end = written[0]
             trimmed = content.find(conversation.text[start:end])

@@ -74,9 +74,9 @@ def weigh_conversation(
 
 def span_factors(spans: np.ndarray, structure: StructureWeights) -> np.ndarray:
     """Returns what multiplies the weight of each token because of its span and of the patterns that it matches."""
-    factors, weights = np.ones(len(spans), np.float32), structure.span_loss_weights | structure.regex_loss_weights
-    for name, in_span in structure.tokens_of_spans(spans):
-        factors[in_span] *= np.float32(weights.get(name, 1))
+    factors = np.ones(len(spans), np.float32)
+    for _, weight, in_span in structure.tokens_of_spans(spans):
+        factors[in_span] *= np.float32(1 if weight is None else weight)
     return factors
 
 

@@ -91,7 +91,7 @@ class Conversation:
 
     def _read_as_written(self) -> bool:
         """Takes as messages what the template writes of them. Returns whether they are others now."""
-        candidates = (as_written(self.messages, self.text, without_blank) for without_blank in (False, True))
+        candidates = (as_written(self.messages, self.text, last_round_only) for last_round_only in (False, True))
         messages = next((each for each in candidates if each != self.messages and self._renders_the_same(each)), None)
         if messages is None:
             return False

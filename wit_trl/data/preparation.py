@@ -24,7 +24,7 @@ from .._upstream import global_then_local_main_first
 from ..config import WITSFTConfig
 from ..weights import MASK_COLUMNS, NO_CONVERSATION_MESSAGE, NO_PROMPT_MESSAGE, check_weight
 from .columns import warn_of_ignored_columns, warn_of_messages
-from .prepared_rows import LENGTH_COLUMNS, AnyDataset, Row, prepared_row, read_tokens
+from .prepared_rows import LENGTH_COLUMNS, SPANS_COLUMN, AnyDataset, Row, prepared_row, read_tokens
 from .schemas import remedy_for
 from .tokenization import RowTokenizer, row_tokenizer
 
@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 RowFunction = Callable[[list[Row]], list[Row]]
 
 # Columns that belong to tokens, and mean nothing in a row that has none yet
-_COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, "attention_mask", "position_ids", "seq_lengths"}
+_COLUMNS_OF_TOKENS = {*MASK_COLUMNS, *LENGTH_COLUMNS, SPANS_COLUMN, "attention_mask", "position_ids", "seq_lengths"}
 _BATCH_SIZE = 100  # rows that are tokenized together
 _PACKAGE = Path(__file__).parents[1]
 # The code that decides about tokens, regions and data weights: these modules, and all in these folders
@@ -90,7 +90,9 @@ class DataPreparation:
         conversations = tokenizer.columns if tokenizer.of_messages else ()
         self.check_structure_weights(bool(conversations), has_text=True)
         is_text_pair = not conversations and "prompt" in tokenizer.columns
-        warn_of_ignored_columns(columns, {"system", "tools"} if is_text_pair else set(), self.dataset_name)
+        unread = {"system", "tools"} if is_text_pair else set()
+        unread |= set() if conversations else {"completion_turns"}
+        warn_of_ignored_columns(columns, unread, self.dataset_name)
         if conversations:
             roles = self.args.structure_weights.role_loss_weights
             warn_of_messages(dataset, example, conversations, roles, self.dataset_name)
@@ -111,13 +113,13 @@ class DataPreparation:
         `"token_weights"`, truncates all of it to `max_length` as TRL does, and notes the [`RowLengths`].
         """
         self.check_structure_weights(has_messages=False)
-        warn_of_ignored_columns({*example}, set(), self.dataset_name)
+        warn_of_ignored_columns({*example}, {"completion_turns"}, self.dataset_name)
         if {*MASK_COLUMNS}.isdisjoint(example):
             logger.warning_once(
                 "The tokenized data set has no `labels`, `completion_mask` or `assistant_masks` column: every token is "
                 "completion and `prompt_loss_weight` has no effect."
             )
-        unused = {*MASK_COLUMNS, "attention_mask", "weight"}
+        unused = {*MASK_COLUMNS, SPANS_COLUMN, "attention_mask", "weight"}
         function = functools.partial(_weigh_tokens, kept=self._kept())
         return self.map_rows(dataset, function, "Finding completions", unused)
 

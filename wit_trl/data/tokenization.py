@@ -99,9 +99,14 @@ class RowTokenizer:
         weights, patterns = np.ones(len(input_ids), np.float32), self.structure.regex_loss_weights
         if not parts and not patterns:
             return Weighed(regions, weights)
-        if not self._is_fast:
-            raise ValueError("parts of a text and `regex_loss_weights` need a fast tokenizer. Load one (`use_fast`).")
-        begins = token_begins(self.processing_class(text + end_of_text, return_offsets_mapping=True)["offset_mapping"])
+        tokenizer = self._memory.tokens.tokenizer
+        encoded = tokenizer(text + end_of_text, return_offsets_mapping=True) if tokenizer.is_fast else {}
+        if encoded.get("input_ids") != input_ids:
+            raise ValueError(
+                "parts of a text and `regex_loss_weights` need a fast tokenizer, and no tokens but those of the text. "
+                "Load one (`use_fast`), or pass messages."
+            )
+        begins = token_begins(encoded["offset_mapping"])
         for start, end, weight in parts:
             weights[slice(*np.searchsorted(begins, (start, end)))] *= np.float32(weight)
         if not patterns:
@@ -122,7 +127,8 @@ class RowTokenizer:
             ):
                 marked = tokens["assistant_masks"] if has_marks else None
                 weighed = weigh_conversation(conversation, tokens["input_ids"], marked, self.structure)
-                check_marks(weighed.regions)
+                if marked is not None:
+                    check_marks(marked)
                 tokenized.append((tokens["input_ids"], weighed))
         return tokenized
 

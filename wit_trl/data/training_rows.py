@@ -65,8 +65,8 @@ def warn_of_unmatched(dataset: AnyDataset, preparation: DataPreparation) -> None
         return
     spans = dataset.select_columns([SPANS_COLUMN]).take(min(_FIRST_ROWS, len(dataset))).with_format("arrow")[:]
     codes = np.unique(pc.list_flatten(spans[SPANS_COLUMN]).to_numpy())
-    named = structure.span_loss_weights | structure.regex_loss_weights
-    if unused := [name for name, found in structure.tokens_of_spans(codes) if name in named and not found.any()]:
+    found = structure.tokens_of_spans(codes)
+    if unused := [name for name, weight, tokens in found if weight is not None and not tokens.any()]:
         logger.warning(
             f"Nothing in the first {_FIRST_ROWS:,} rows of the {preparation.dataset_name} dataset is one of {unused}, "
             "which `span_loss_weights` or `regex_loss_weights` names."

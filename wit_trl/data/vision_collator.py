@@ -177,8 +177,8 @@ class DataCollatorForVisionLanguageWIT(DataCollatorForVisionLanguageModeling):
                 first_answer = len(row["prompt"]) if is_pair else 0
                 self._check_turns(row.get("completion", []), conversation, input_ids)
                 weighed = weigh_conversation(conversation, input_ids, marked, structure, first_answer)
-                if is_messages and length != self.max_length:
-                    check_marks(weighed.regions)
+                if marked is not None and is_messages and length != self.max_length:
+                    check_marks(marked)
                 region[position, :length] = torch.tensor(weighed.regions)
                 data_weights[position, :length] *= torch.from_numpy(weighed.weights)
                 if weighed.spans is not None:

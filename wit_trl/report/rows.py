@@ -52,7 +52,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int], groups: list[
 def _span_names(codes: np.ndarray, structure: StructureWeights) -> list[str]:
     """Returns the span and the patterns of each token, each after a space."""
     names = np.full(len(codes), "", object)
-    for name, in_span in structure.tokens_of_spans(codes):
+    for name, _, in_span in structure.tokens_of_spans(codes):
         names[in_span] += f" {printable(name)}"
     return names.tolist()
 

@@ -54,8 +54,8 @@ class WeightReport:
     data_nonzero: dict[int, int]  # number of tokens whose data weight is not zero
     data_weight: dict[int, float]  # sum of the data weights
     data_weights: tuple[float, float]  # the smallest and the largest data weight of a token
-    # By span and by pattern, where they have weights: number of targets, and sum of their weights
-    spans: dict[str, tuple[int, float]]
+    # By span and by pattern, where they have weights: the weight, number of targets, and sum of their weights
+    spans: dict[str, tuple[float, int, float]]
     # Number of prompt tokens and of completion tokens of each row or document: before truncation and with the dropped
     # rows, where the preparation noted this
     lengths: tuple[np.ndarray, np.ndarray]
@@ -120,9 +120,8 @@ class WeightReport:
 
         for (region, name), loss_weight in zip(REGIONS.items(), (*self.loss_weights, 0), strict=True):
             add_row(name, f"{loss_weight:g}", self.tokens[region], self.weight[region])
-        for name, (tokens, weight) in self.spans.items():
-            of_data = self.structure.span_loss_weights | self.structure.regex_loss_weights
-            add_row(Text(f"  {repr(name)[1:-1]}"), f"x {of_data.get(name, 1):g}", tokens, weight)
+        for name, (factor, tokens, weight) in self.spans.items():
+            add_row(Text(f"  {printable(name)}"), f"x {factor:g}", tokens, weight)
         table.add_section()
         add_row("all", "", all_tokens, all_weight)
         add_row("of zero weight", "", zero, 0)
@@ -192,7 +191,7 @@ def weigh(
         if name in counted.column_names
     ]
     structure = structure or StructureWeights()
-    of_spans = {name: np.zeros(2) for name in (*structure.spans, *structure.regex_loss_weights)}
+    of_spans: dict[str, np.ndarray] = {}
     totals = np.zeros((3, len(REGIONS)))  # by region: tokens, tokens whose data weight is not zero, data weights
     least, most = np.inf, 0.0
     document_lengths = [np.zeros((2, 0), int)]  # by region
@@ -208,10 +207,12 @@ def weigh(
         of_targets = weights[regions >= 0]
         least, most = min(least, of_targets.min(initial=np.inf)), max(most, of_targets.max(initial=0))
         index = np.where(regions < 0, 2, regions)
-        for name, in_span in structure.tokens_of_spans(values.get(SPANS_COLUMN, np.zeros(len(regions), int))):
+        codes = values.get(SPANS_COLUMN, np.zeros(len(regions), int))
+        for name, factor, in_span in structure.tokens_of_spans(codes):
             is_target = in_span & (regions >= 0)
             loss = weights[is_target] * np.take(loss_weights, regions[is_target])
-            of_spans[name] += is_target.sum(), loss.sum()
+            known = of_spans.setdefault(name, np.array([1.0 if factor is None else factor, 0, 0]))
+            known[1:] += is_target.sum(), loss.sum()
         totals += [np.bincount(index, values, len(REGIONS)) for values in (None, weights != 0, weights)]
     prompt, completion = np.concatenate(document_lengths, axis=1)
     cuts: dict[str, Any] = {}
@@ -231,7 +232,7 @@ def weigh(
         data_nonzero=dict(zip(REGIONS, totals[1].astype(int).tolist(), strict=True)),
         data_weight=dict(zip(REGIONS, totals[2].tolist(), strict=True)),
         data_weights=(least, most),
-        spans={name: (int(tokens), float(weight)) for name, (tokens, weight) in of_spans.items()},
+        spans={name: (float(known[0]), int(known[1]), float(known[2])) for name, known in of_spans.items()},
         structure=structure,
         lengths=(prompt, completion),
         **cuts,
