@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -193,6 +194,112 @@ def test_arguments_of_the_training(run, model_folder, tokenizer, jsonl, tmp_path
         *("--eval_strategy", "steps", "--eval_steps", 1),
     )
     assert "[completion 0.8]It is 2.<|end|>" in output
+
+
+SAID = [("user", "One? "), ("assistant", "First. "), ("user", "Two? "), ("assistant", "Second. ")]
+TURNS = [{"role": role, "content": content} for role, content in SAID]
+# Each with whether it is changed with no setting, and with `--completion_turns last`
+CONVERSATIONS = [
+    ({"messages": TURNS[:2]}, False, False),
+    ({"messages": TURNS}, False, True),
+    ({"messages": [*TURNS[:3], {**TURNS[3], "weight": 0.5}]}, True, True),
+    ({"messages": [TURNS[0], {**TURNS[1], "completion": False}, *TURNS[2:]]}, True, True),
+    ({"messages": TURNS, "completion_turns": "all"}, False, False),
+    ({"messages": TURNS, "completion_turns": "last_round"}, True, True),
+    ({"messages": TURNS[:2], "completion_turns": "last"}, False, False),
+    ({"messages": TURNS[:2], "weight": 2}, True, True),
+    ({"messages": [*TURNS[:3], {**TURNS[3], "loss": True}]}, False, True),
+    ({"messages": [*TURNS[:3], {**TURNS[3], "loss": False}]}, True, True),
+    ({"messages": TURNS, "weight": 1}, False, True),
+]
+
+
+@pytest.fixture
+def conversations(model_folder, tokenizer, tmp_path):
+    """The flags of a training on them."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}"
+        "{% endfor %}"
+    )
+    tokenizer.save_pretrained(model_folder)
+    lines = [json.dumps(row) for row, _, _ in CONVERSATIONS]
+    (tmp_path / "conversations.jsonl").write_text("\n".join(lines))
+    return "--model_name_or_path", model_folder, "--dataset_name", tmp_path / "conversations.jsonl"
+
+
+def messages_of(number):
+    return CONVERSATIONS[number][0]["messages"]
+
+
+def shown_rows(output):
+    return [*map(int, re.findall(r"^Row (\d+):", output, re.MULTILINE))]
+
+
+@pytest.mark.parametrize("how", [(), ("--dataset_streaming", "True"), ("--packing", "True"), ("--max_length", 30)])
+def test_changed_rows_alone(how, run, conversations):
+    plain = [number for number, (_, is_changed, _) in enumerate(CONVERSATIONS) if is_changed]
+    last = [number for number, (_, _, is_changed) in enumerate(CONVERSATIONS) if is_changed]
+    flags = (*conversations, "--only", "changed", "--rows", 20, *how)
+    if "--max_length" in how:  # which cuts the last answer off
+        plain = [number for number in plain if all("weight" not in t and "loss" not in t for t in messages_of(number))]
+    output = run(*flags)
+    assert shown_rows(output) == plain
+    assert f"changed rows: {len(plain)} of the {len(CONVERSATIONS)} searched" in output
+    if "--max_length" not in how:
+        output = run(*flags, "--completion_turns", "last")
+        assert shown_rows(output) == last
+        assert shown_rows(run(*flags, "--completion_turns", "last", "--rows", 2)) == last[:2]
+        assert f"changed rows: {len(last)} of the {len(CONVERSATIONS)} searched" in output
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("--role_loss_weights", '{"user": 0}'),
+        ("--regex_loss_weights", '{"Second": 2}'),
+        ("--chat_template_loss_weight", "0"),
+    ],
+)
+def test_a_setting_changes_the_rows_where_it_says_something(setting, run, conversations):
+    """The pattern is in the rows of four turns."""
+    output = run(*conversations, "--only", "changed", "--rows", 20, *setting)
+    of_pattern = [n for n, (row, is_changed, _) in enumerate(CONVERSATIONS) if len(row["messages"]) == 4 or is_changed]
+    assert shown_rows(output) == (of_pattern if "Second" in setting[1] else [*range(len(CONVERSATIONS))])
+
+
+def test_no_changed_row(run, model_folder, jsonl):
+    data = ("--model_name_or_path", model_folder, "--dataset_name", jsonl)
+    lines = jsonl.read_text().count("\n")
+    output = run(*data, "--only", "changed", "--prompt_loss_weight", 0.5)
+    assert shown_rows(output) == []
+    assert f"changed rows: 0 of the {lines} searched" in output
+    (row, *rest) = jsonl.read_text().splitlines()
+    jsonl.write_text("\n".join([row, *[json.dumps({**json.loads(line), "weight": 0.5}) for line in rest]]))
+    assert shown_rows(run(*data, "--only", "changed", "--rows", 2)) == [1, 2]
+    assert "invalid choice: 'others'" in run(*data, "--only", "others", fails=True)
+
+
+def test_tokenized_rows_that_are_changed(run, model_folder, tmp_path):
+    row = {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "token_weights": [1.0, 1.0, 1.0]}
+    rows = [row, {**row, "token_weights": [1.0, 0.5, 1.0]}, {**row, "token_weights": [0.5, 1.0, 1.0]}] * 500
+    (tmp_path / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = run("--model_name_or_path", model_folder, "--dataset_name", "tokens.jsonl", "--only", "changed")
+    assert shown_rows(output) == [1, 4, 7]  # nothing predicts the first token of a row
+    assert "changed rows: 333 of the 1,000 searched" in output
+
+
+def test_rows_that_cannot_be_compared_say_why(run, conversations, model_folder, tokenizer):
+    """The template writes earlier answers in another way than the last, so only that can be found."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}{{ '' if loop.last or m.role == 'user' else ' old' }}>{{ m.content }}"
+        "{% endfor %}"
+    )
+    tokenizer.save_pretrained(model_folder)
+    flags = (*conversations, "--completion_turns", "last", "--only", "changed")
+    Path(conversations[-1]).write_text(json.dumps({"messages": TURNS}))
+    error = run(*flags, fails=True)
+    assert error.startswith("error: --only changed compares rows with plain training, in which all answers are")
+    assert "Leave the flag out. Row 0 of the train dataset: the chat template renders turn 1" in error
 
 
 def test_histogram_alone(run, model_folder, jsonl, tmp_path):

@@ -571,7 +571,11 @@ def test_system_column_is_the_first_turn(row, make_model, tokenizer, config_kwar
         ),
         (
             {"prompt": SAID[:1], "completion": [{**SAID[1], "loss_mask": 1}]},
-            r"turn 0 of `completion` .* \['loss_mask'\]",
+            r"turn 0 of `completion` .* \['loss_mask'\], which means .* Write `weight` in its place: 0 leaves",
+        ),
+        (
+            {"messages": [SAID[0], {**SAID[1], "loss_weight": 1.0}]},
+            r"turn 1 of `messages` \(assistant\) has \['loss_weight'\], .* `wit_trl\.to_trl_format` does so\.$",
         ),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "train": False}]},
@@ -590,13 +594,16 @@ def test_system_twice_and_keys_of_other_libraries_are_refused(row, error, make_m
         ({"messages": SAID, "history": [["a", "b"]]}, r"\['history'\]"),
         ({"messages": SAID, "system_prompt": "Be kind.", "functions": "[]"}, r"\['functions', 'system_prompt'\]"),
         ({"prompt": "a", "completion": " b", "system": "c", "tools": "[]"}, r"\['system', 'tools'\]"),
+        ({"messages": SAID, "loss_weight": 0.5}, r"\['loss_weight'\]"),
+        ({"messages": SAID, "loss_scale": 0.5, "train": True}, r"\['loss_scale', 'train'\], by which other .*, and"),
+        ({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, r"\['loss_mask'\], by which other libraries weigh .*, and"),
     ],
 )
 def test_columns_of_other_formats_that_are_ignored_are_named(
     row, ignored, make_model, tokenizer, config_kwargs, caplog
 ):
     make_trainer(make_model, tokenizer, [row], config_kwargs)
-    assert re.search(f"The train dataset has {ignored}, which is ignored", caplog.text)
+    assert re.search(f"The train dataset has {ignored},? which is ignored", caplog.text)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -114,3 +114,108 @@ def test_row_without_text_is_refused(wrong, said, tokenizer):
     stream = IterableDataset.from_generator(lambda: iter([ALPACA, {"input": "a"}]))
     with pytest.raises(ValueError, match="Row 1: `instruction` must be a text, but is None"):
         list(to_trl_format(stream, tokenizer))
+
+
+def with_keys(column, **keys):
+    """A row whose last message has these keys."""
+    if column == "conversations":
+        return {column: [SHAREGPT[column][0], {**SHAREGPT[column][1], **keys}]}
+    question, answer = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2", **keys}
+    if column == "messages":
+        return {column: [question, answer]}
+    # TRL has no turn of the assistant in a prompt, but ours may
+    return {"prompt": [question, answer] * 2, "completion": [answer]}
+
+
+@pytest.mark.parametrize("source", ["stored", "stream", "generator"])
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt"])
+@pytest.mark.parametrize(
+    ("keys", "weights"),
+    [
+        ({"loss_weight": [0.25, 0.0, None, 1.0]}, [0.25, 0, None, 1]),
+        ({"loss_scale": [2, 0, 1, None]}, [2, 0, 1, None]),
+        ({"loss": [True, False, None, True]}, [1, 0, None, 1]),
+        ({"train": [False, True, None, False], "training": [None, True, False, False]}, [0, 1, 0, 0]),
+        ({"trainable": [1, 0, None, 0], "loss_scale": [1.0, None, 0.5, None]}, [1, 0, 0.5, 0]),
+        ({"loss": [True, None, None, False], "weight": [None, 0.5, None, None]}, [1, 0.5, None, 0]),
+        ({"mask": [None] * 4, "loss": [False, True, None, True]}, [0, 1, None, 1]),
+    ],
+)
+def test_keys_of_other_libraries_become_weights(keys, weights, column, source, tokenizer):
+    rows = [with_keys(column, **dict(zip(keys, values, strict=True))) for values in zip(*keys.values(), strict=True)]
+    data = Dataset.from_list(rows)
+    if source == "generator":  # without features
+        data = IterableDataset.from_generator(lambda: iter(rows))
+    elif source == "stream":
+        data = data.to_iterable_dataset()
+    made = [*to_trl_format(data, tokenizer)]
+    for row, expected, weight in zip(made, rows, weights, strict=True):
+        assert row.keys() == expected.keys()
+        for name in expected:
+            for turn, before in zip(row[name], expected[name], strict=True):
+                wanted = {key: value for key, value in before.items() if key not in keys and value is not None}
+                if keys.keys() <= before.keys() and weight is not None:
+                    wanted["weight"] = weight
+                assert {key: value for key, value in turn.items() if value is not None} == wanted
+
+
+def test_keys_beside_contents_of_two_types_become_weights(tokenizer):
+    """Such messages are read as JSON. The features do not name their keys."""
+    rows = [with_keys("messages"), with_keys("messages", content=[{"type": "text", "text": "2"}], loss=False)]
+    data = Dataset.from_list(rows, on_mixed_types="use_json")
+    made = to_trl_format(data, tokenizer)[1]["messages"][1]
+    assert made == {"role": "assistant", "content": [{"type": "text", "text": "2"}], "weight": 0}
+
+
+def test_keys_of_later_rows_become_weights(tokenizer):
+    rows = [with_keys("messages")] * 1500 + [with_keys("messages", loss=False)]
+    made = to_trl_format(Dataset.from_list(rows), tokenizer)
+    assert [message.get("weight") for row in (made[0], made[-1]) for message in row["messages"]] == [None] * 3 + [0]
+    assert made.features["messages"].feature.keys() == {"role", "content", "weight"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [with_keys("messages"), with_keys("messages", weight=0.5), {"messages": "a"}, {"prompt": "a", "completion": "b"}],
+)
+def test_data_without_such_keys_is_kept(row, tokenizer):
+    data = Dataset.from_list([row])
+    assert to_trl_format(data, tokenizer) is data
+    stream = data.to_iterable_dataset()
+    assert to_trl_format(stream, tokenizer) is stream
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"loss": "last_round"}, r"has the `loss` 'last_round', but it must be true or false"),
+        ({"trainable": 0.5}, r"has the `trainable` 0\.5, but it must be true or false"),
+        ({"loss_weight": "high"}, r"has the `loss_weight` 'high', but a weight must be a finite number"),
+        ({"loss_weight": True}, r"has the `loss_weight` True, but a weight must be"),
+        ({"loss_scale": -1.0}, r"has the `loss_scale` -1\.0, but a weight must be"),
+        (
+            {"loss": True, "loss_scale": 0.5},
+            r"has \{'loss': 1\.0, 'loss_scale': 0\.5\}\. Leave one of them, best the `weight`",
+        ),
+        ({"loss": True, "weight": 1.0}, r"has \{'loss': 1\.0, 'weight': 1\.0\}\. Leave one of them"),
+        ({"mask": 1}, r"has \['mask'\], which .* Write `weight` in its place: 0 leaves .* or .*\{'type': 'text', 'tex"),
+        ({"loss_mask": False, "loss": False}, r"has \['loss_mask'\], which"),
+        ({"training_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, r"has \['training_detail'\]"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_keys_of_other_libraries_without_one_meaning_are_refused(keys, said, streaming, tokenizer):
+    for column in ("messages", "conversations", "prompt"):
+        rows = [with_keys(column, **dict.fromkeys(keys)), with_keys(column, **keys)]
+        data = IterableDataset.from_generator(lambda rows=rows: iter(rows)) if streaming else Dataset.from_list(rows)
+        with pytest.raises(ValueError, match=rf"^Row 1: turn 1 of `{column}` {said}"):
+            list(to_trl_format(data, tokenizer))
+
+
+def test_numbers_of_other_libraries_train_as_weights(make_model, tokenizer, config_kwargs):
+    rows = [with_keys("messages", loss_weight=weight) for weight in (0.5, 2.0)]
+    data = to_trl_format(Dataset.from_list(rows), tokenizer)
+    trainer = make_trainer(make_model, tokenizer, None, {**config_kwargs, "max_length": None}, train_dataset=data)
+    for row, weight in zip(trainer.train_dataset, (0.5, 2.0), strict=True):
+        weights = [w for w, region in zip(row["token_weights"], row["completion_mask"], strict=True) if region == 1]
+        assert {*weights} == {weight}

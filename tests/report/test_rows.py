@@ -144,7 +144,7 @@ def test_cut_is_marked(tokenizer, trainer_on):
     whole = len(tokenizer("What? " + "That. " * 20)["input_ids"]) + 1  # with the end
     assert show_row(trainer, row).plain.endswith(f"[cut off: {whole - 16} completion tokens]")
     console = Console(file=io.StringIO(), width=200)
-    inspection.show_page(console, [row], tokenizer, trainer.weight_report(), 1)
+    inspection.show_page(console, {0: row}, tokenizer, trainer.weight_report(), 1)
     cut = whole - 16
     assert f"Row 0: 16 tokens, without {cut} that were cut off, {cut} of the completion\n" in console.file.getvalue()
     whole_row = trainer_on(Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})).train_dataset[0]

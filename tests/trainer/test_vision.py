@@ -384,6 +384,23 @@ def test_inspect_shows_the_images_as_one(llava, llava_rows, tmp_path, monkeypatc
     assert "What is weighted in 3 rows" in output
 
 
+def test_inspect_shows_the_changed_rows_of_images(llava, llava_rows, tmp_path, monkeypatch, capsys):
+    make_model("llava", llava).save_pretrained(tmp_path / "model")
+    llava.save_pretrained(tmp_path / "model")
+    plain, *others = llava_rows
+    weighted, twice = ({**row, "messages": [dict(turn) for turn in row["messages"]]} for row in others)
+    weighted["messages"][0]["weight"] = 0.5
+    twice["messages"] *= 2
+    Dataset.from_list([plain, weighted, twice]).to_parquet(tmp_path / "data.parquet")
+    arguments = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "data.parquet"]
+    for settings, shown in {(): [1], ("--completion_turns", "last"): [1, 2]}.items():
+        monkeypatch.setattr("sys.argv", ["wit-trl", "inspect", *map(str, arguments), "--only", "changed", *settings])
+        cli.main()
+        output = capsys.readouterr().out
+        assert re.findall(r"^Row (\d+):", output, re.MULTILINE) == [*map(str, shown)]
+        assert f"changed rows: {len(shown)} of the 3 searched" in output
+
+
 def test_every_process_counts_a_share_of_the_rows(llava, llava_rows, config_kwargs, monkeypatch):
     trainer = make_vision_trainer("llava", llava, llava_rows, config_kwargs)
     whole = trainer.data_collator.tokenize_first_rows(llava_rows, 100)

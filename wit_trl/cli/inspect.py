@@ -13,6 +13,14 @@ class InspectionArguments:
     """Arguments of `wit-trl inspect` besides those of the training."""
 
     rows: int = field(default=3, metadata={"help": "Number of rows to show."})
+    only: str | None = field(
+        default=None,
+        metadata={
+            "help": "`changed`: show rows in which the data or a setting gives tokens another weight or region than "
+            "plain training does, λ apart. The first 1,000 rows (100 with images) are searched.",
+            "choices": ["changed"],
+        },
+    )
     html: str | None = field(default=None, metadata={"help": "File to write the page to, for a browser."})
     histogram: str | None = field(
         default=None,
@@ -59,6 +67,9 @@ def main(args: Sequence[str]) -> None:
         flags = Flags((InspectionArguments, *TRAINING_TYPES), args, prog="wit-trl inspect")
         flags.check_files()
         inspection, arguments = flags.make(InspectionArguments), flags.check(_DataConfig)
-        from .inspection import build_trainer, header, show  # imports the trainer, for which `-h` does not wait
+        # Imports the trainer, for which `-h` does not wait
+        from .inspection import build_trainer, changed_rows, header, show
 
-        show(header(arguments), build_trainer(arguments), inspection.rows, inspection.html, inspection.histogram)
+        trainer, dataset = build_trainer(arguments)
+        changed = None if inspection.only is None else changed_rows(trainer, dataset)
+        show(header(arguments), trainer, inspection.rows, inspection.html, inspection.histogram, changed)

@@ -1,6 +1,7 @@
 """The messages of a row: read in any form, and checked."""
 
 import copy
+from collections.abc import Set
 from typing import Any
 
 from trl.data_utils import maybe_convert_to_chatml
@@ -12,9 +13,11 @@ from ..weights import check_weight
 Messages = list[dict[str, Any]]
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 THINKING = ("reasoning_content", "reasoning", "thinking")  # of an assistant, before its answer
-# Keys by which other libraries leave a message out of the loss
-_LOSS_KEYS = {"loss", "loss_mask", "loss_scale", "mask", "masked", "train", "train_detail", "trainable"}
-_LOSS_KEYS |= {"training", "training_detail"}
+# Keys by which other libraries weigh a message: with a number; with true or false; and those that have no one meaning,
+# because true leaves a message out in some libraries and trains it in others, or because they name characters
+LOSS_NUMBERS = frozenset({"loss_weight", "loss_scale"})
+LOSS_SWITCHES = frozenset({"loss", "train", "training", "trainable"})
+UNCLEAR_LOSS_KEYS = frozenset({"loss_mask", "mask", "masked", "train_detail", "training_detail"})
 
 
 def read_messages(row: dict[str, Any], column: str) -> Messages:
@@ -89,10 +92,11 @@ def check_messages(messages: Any, column: str) -> Messages:
                 f"{name} has `function_call`, the older form of a tool call, which templates leave out. Make it "
                 "`tool_calls`, a list of `{'type': 'function', 'function': function_call}`."
             )
-        if found := sorted(key for key in _LOSS_KEYS & message.keys() if message[key] is not None):
+        check_loss_keys(message, name)
+        if found := _given(LOSS_NUMBERS | LOSS_SWITCHES, message):
             raise ValueError(
-                f"{name} has {found}, by which other libraries leave a turn out of the loss. It has no effect here. "
-                "Rename it to `weight`: 0 leaves a turn out, 1 trains it."
+                f"{name} has {found}, by which other libraries weigh a turn. It has no effect here. Rename it to "
+                "`weight`: 0 leaves a turn out, 1 trains it. `wit_trl.to_trl_format` does so."
             )
         check_weight(message.get("weight"), f"the `weight` of turn {turn} of `{column}`")
         if not isinstance(message.get("completion"), bool | None):
@@ -101,6 +105,20 @@ def check_messages(messages: Any, column: str) -> Messages:
                 "is prompt."
             )
     return messages
+
+
+def check_loss_keys(message: dict[str, Any], name: str) -> None:
+    """Raises `ValueError` for a key of another library that has no one meaning."""
+    if found := _given(UNCLEAR_LOSS_KEYS, message):
+        raise ValueError(
+            f"{name} has {found}, which means different things in different libraries. Write `weight` in its place: 0 "
+            "leaves a turn out, 1 trains it; or give parts of the `content` a weight: "
+            "`{'type': 'text', 'text': ..., 'weight': ...}`."
+        )
+
+
+def _given(keys: Set[str], message: dict[str, Any]) -> list[str]:
+    return sorted(key for key in keys & message.keys() if message[key] is not None)
 
 
 def check_answer(messages: Messages, column: str) -> None:

@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 
 from ..config import DATASET_COLUMNS, WITSFTConfig
-from ..conversation.messages import SHAREGPT_ROLES
+from ..conversation.messages import LOSS_SWITCHES, SHAREGPT_ROLES, UNCLEAR_LOSS_KEYS
 from ..conversation.tool_calls import null_arguments
 from .prepared_rows import AnyDataset, Row
 
@@ -54,6 +54,12 @@ def warn_of_ignored_columns(columns: set[str], unread: set[str], name: str) -> N
         logger.warning(
             f"The {name} dataset has {ignored}, which is ignored. Rename it to `weight`, one number for the row, or to "
             "`token_weights`, one for each token of `input_ids`."
+        )
+    if ignored := sorted(columns & (LOSS_SWITCHES | UNCLEAR_LOSS_KEYS | {"loss_scale"})):
+        logger.warning(
+            f"The {name} dataset has {ignored}, by which other libraries weigh rows or tokens, and which is ignored. "
+            "Make it `weight`, one number for the row, or in tokenized data `completion_mask` or `token_weights`; or "
+            "remove it."
         )
     if ignored := sorted(columns & {"history", "system_prompt", "functions", "documents", *unread}):
         logger.warning(

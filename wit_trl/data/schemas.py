@@ -1,13 +1,19 @@
 """Data sets of other schemas, brought into a format of TRL."""
 
+import copy
+import itertools
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, LargeList, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .._upstream import get_dataset_column_names, global_then_local_main_first
 from ..config import DATASET_COLUMNS
 from ..conversation.chat_template import tokenizer_of
+from ..conversation.messages import LOSS_NUMBERS, LOSS_SWITCHES, UNCLEAR_LOSS_KEYS, check_loss_keys
+from ..weights import WEIGHT_RANGE, is_weight
+from .columns import MESSAGE_COLUMNS
+from .prepared_rows import AnyDataset
 
 
 # The columns by name: those of the question, then that of the answer. Columns between the first and the last may be
@@ -18,6 +24,8 @@ _SCHEMAS = {
     "WIT": ("prompt", "response"),
 }
 _EOS_PLACEHOLDER = "###eos_token###"
+_LOSS_KEYS = LOSS_NUMBERS | LOSS_SWITCHES | UNCLEAR_LOSS_KEYS
+_FIRST_ROWS = 1000  # in which such keys are looked for, where no row has those of all
 
 
 def to_trl_format(
@@ -28,13 +36,16 @@ def to_trl_format(
 ) -> Dataset | IterableDataset:
     r"""
     Returns a data set in a format of TRL. A data set that is in one already, which includes ShareGPT
-    (`"conversations"`), comes back as it is. Other columns, such as `"weight"`, stay.
+    (`"conversations"`), comes back as it is, but for the keys below. Other columns, such as `"weight"`, stay.
 
     - Alpaca (`"instruction"`, `"input"`, `"output"`) and Dolly (`"instruction"`, `"context"`, `"response"`) become a
       prompt and a completion: two messages if conversational, else two texts, with an empty line after each part of the
       prompt.
     - The data of the original WIT scripts (`"prompt"`, `"response"`) is rendered already, so it becomes two texts with
       one space between them. Its `###eos_token###` becomes the EOS token.
+    - In messages, the keys by which other libraries weigh a turn become its `"weight"`: the numbers `"loss_weight"` and
+      `"loss_scale"`; and `"loss"`, `"train"`, `"training"` and `"trainable"`, where true is 1 and false 0. The first
+      row of the data set must have the key. Its value there may be null.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -48,7 +59,9 @@ def to_trl_format(
             Column of plain text data.
 
     Raises:
-        `ValueError`: the columns are those of none of these schemas, or a row has no text where it needs one.
+        `ValueError`: the columns are those of none of these schemas; a row has no text where it needs one; or a message
+        has keys of other libraries that contradict each other, hold another value, or have no one meaning (`"mask"`,
+        `"masked"`, `"loss_mask"`, `"train_detail"`, `"training_detail"`).
 
     Example:
     ```python
@@ -64,7 +77,8 @@ def to_trl_format(
     similar = [schema for schema in _SCHEMAS.values() if {schema[0], schema[-1]} <= columns]
     # Alpaca has a `text` too, in which the answer cannot be told from the question
     if any({*known} <= columns for known in DATASET_COLUMNS) or (not similar and dataset_text_field in columns):
-        return dataset
+        of_turns = [name for name in ("prompt", "completion", *MESSAGE_COLUMNS) if name in columns]
+        return _with_message_weights(dataset, of_turns)
     # All columns that are part of some schema must be part of this one, or they would be dropped
     parts = columns & {"system", "history"}.union(*_SCHEMAS.values())
     schema = next((schema for schema in similar if parts <= {*schema}), None)
@@ -103,6 +117,63 @@ def to_trl_format(
     used = [name for name in (*schema, dataset_text_field) if name in columns and name != "prompt"]
     with global_then_local_main_first():
         return dataset.map(convert, with_indices=True, remove_columns=used)
+
+
+def _with_message_weights(dataset: AnyDataset, columns: list[str]) -> AnyDataset:
+    """Returns messages with a `weight` in the place of the keys of other libraries, if the first row has one."""
+    has_transform = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # which may make other rows
+    if has_transform or not columns:
+        return dataset
+    # In Arrow, a message has the keys of all messages, but not where they are of several types
+    count = _FIRST_ROWS if "Json(" in str(dataset.features) else 1
+    rows = [*itertools.islice(dataset.select_columns(columns).with_format(None), count)]
+    columns = [name for name in columns if any(_LOSS_KEYS & turn.keys() for row in rows for turn in _turns(row[name]))]
+    if not columns:
+        return dataset
+
+    def convert(example: dict[str, Any], index: int) -> dict[str, Any]:
+        converted = {}
+        for column in columns:
+            turns = enumerate(_turns(example[column]))
+            weighed = [_weighed(message, f"Row {index}: turn {turn} of `{column}`") for turn, message in turns]
+            converted[column] = weighed or example[column]
+        return converted
+
+    features = copy.copy(dataset.features)
+    for column in columns if features else ():
+        kind = features[column]
+        if isinstance(kind, List | LargeList) and isinstance(kind.feature, dict):
+            kept = {key: value for key, value in kind.feature.items() if key not in _LOSS_KEYS}
+            features[column] = type(kind)({**kept, "weight": Value("float64")})
+    with global_then_local_main_first():
+        return dataset.with_format(None).map(convert, with_indices=True, features=features)
+
+
+def _turns(messages: Any) -> list[dict[str, Any]]:
+    """Returns the messages of a column, or nothing if it holds something else."""
+    is_messages = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    return messages if is_messages else []
+
+
+def _weighed(message: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns a message with a `weight` in the place of the keys of other libraries."""
+    check_loss_keys(message, name)
+    weights = {}
+    for key, value in message.items():
+        if value is None or key not in _LOSS_KEYS:
+            continue
+        said = f"{name} has the `{key}` {value!r}, but"
+        if key in LOSS_SWITCHES and value not in (0, 1):
+            raise ValueError(f"{said} it must be true or false. Write the `weight` of the turn in its place.")
+        if key in LOSS_NUMBERS and not (type(value) in (int, float) and is_weight(value)):
+            raise ValueError(f"{said} {WEIGHT_RANGE}")
+        weights[key] = float(value)
+    own = message.get("weight")
+    if len({*weights.values()}) > 1 or (weights and own is not None):
+        given = weights if own is None else {**weights, "weight": own}
+        raise ValueError(f"{name} has {given}. Leave one of them, best the `weight`.")
+    kept = {key: value for key, value in message.items() if key not in _LOSS_KEYS}
+    return {**kept, "weight": next(iter(weights.values()))} if weights else kept
 
 
 def remedy_for(columns: set[str]) -> str:

@@ -106,9 +106,9 @@ def _token_style(region: int, weight: float, shade: int) -> Style:
 
 
 def show_page(
-    console: Console, rows: list[dict], tokenizer: PreTrainedTokenizerBase, report: WeightReport, epochs: float
+    console: Console, rows: dict[int, dict], tokenizer: PreTrainedTokenizerBase, report: WeightReport, epochs: float
 ) -> None:
-    """Prints rows, the report of the whole training set, and what is known of such data."""
+    """Prints rows by their number, the report of the whole training set, and what is known of such data."""
     legend = Text()
     for region, weight in enumerate(report.loss_weights):
         legend.append(f"[{REGIONS[region]} {weight:g}]", "bold").append("tokens", _token_style(region, weight, 0))
@@ -116,7 +116,7 @@ def show_page(
     legend.append("zero weight", _token_style(0, 0, 0)).append(" ").append("special token", _SPECIAL)
     legend.append(" ").append(_DOCUMENT_START, "bold red").append("first token of a document")
     console.print(legend, soft_wrap=True)
-    for number, row in enumerate(rows):
+    for number, row in rows.items():
         documents = len(row.get("seq_lengths", [0]))
         heading = f"\nRow {number}: {len(row['input_ids'])} tokens"
         if documents > 1:
@@ -132,7 +132,12 @@ def show_page(
 
 
 def html_page(
-    title: str, rows: list[dict], tokenizer: PreTrainedTokenizerBase, report: WeightReport, epochs: float, image: bytes
+    title: str,
+    rows: dict[int, dict],
+    tokenizer: PreTrainedTokenizerBase,
+    report: WeightReport,
+    epochs: float,
+    image: bytes,
 ) -> str:
     """Returns HTML: the title, of any number of lines, what `show_page` prints, and the histogram (PNG)."""
     console = Console(file=io.StringIO(), record=True, width=1000)  # the browser wraps
