@@ -4,6 +4,7 @@ its process, side by side in one run:
 
     python benchmarks/preparation.py [--output runs/preparation] [--repeats 3]
     python benchmarks/preparation.py --scale 0.01 --cases text ", 4 turns" --num_proc 1  # a quick look
+    python benchmarks/preparation.py --cases messages, --contenders "wit_trl, spans" wit_trl  # what spans cost
 
 Each repeat of a contender runs in a process of its own, with an empty cache, all on the same data. Prints a table of
 medians, and writes `preparation.json` and `preparation.md`. On the template that TRL knows, it trains on the
@@ -32,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-CONTENDERS = ("TRL", "wit_trl")
+CONTENDERS = ("TRL", "wit_trl", "wit_trl, spans")  # of the last one, spans of the turns have weights
 TURNS = 24_000  # of the conversations on the unmarked template, however long each is
 # name: (type of data set, template, turns of a row, rows, `max_length`)
 CASES = {
@@ -128,6 +129,8 @@ def measure(case: str, contender: str, num_proc: int, folder: Path, cache: str) 
     tokenized = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
     Trainer(LlamaForCausalLM(config), Config(**options), train_dataset=tokenized, processing_class=tokenizer)
 
+    if contender == "wit_trl, spans":
+        options["span_loss_weights"] = {"thinking": 0.5, "end_of_turn": 2.0}
     args = Config(assistant_only_loss=contender == "TRL" and template == "llama3", **options)
     dataset = load_dataset("parquet", data_files=str(folder / f"{case}.parquet"), split="train", cache_dir=cache)
     model = LlamaForCausalLM(config)
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/preparation"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", default=[""], help="run the cases whose name holds one of these")
+    parser.add_argument("--contenders", nargs=2, choices=CONTENDERS, default=CONTENDERS[:2])
     parser.add_argument("--num_proc", nargs="+", type=int, default=[1, 2], help="processes that prepare")
     parser.add_argument("--scale", type=float, default=1, help="multiplies the number of rows")
     parser.add_argument("--worker", nargs=4, metavar=("CASE", "CONTENDER", "NUM_PROC", "DATA"), help=argparse.SUPPRESS)
@@ -167,8 +171,8 @@ def main() -> None:
         lines.append(f"| {' | '.join(map(str, cells))} |")
         print(lines[-1], flush=True)
 
-    units = [f"{contender} {unit}" for unit in ("rows/s", "µs/token", "MiB") for contender in CONTENDERS]
-    add_line("case", "processes", "rows", *units, "time of TRL ÷ wit_trl")
+    units = [f"{contender} {unit}" for unit in ("rows/s", "µs/token", "MiB") for contender in args.contenders]
+    add_line("case", "processes", "rows", *units, f"time of {' ÷ '.join(args.contenders)}")
     add_line("---", *["---:"] * (3 + len(units)))
     with tempfile.TemporaryDirectory() as data:
         texts = read_texts()
@@ -179,15 +183,19 @@ def main() -> None:
             rows = max(2, round(rows * args.scale))
             save_rows(texts, kind, turns, rows, Path(data, f"{case}.parquet"))
             for num_proc in args.num_proc:
-                runs = {contender: [] for contender in CONTENDERS}
+                runs = {contender: [] for contender in args.contenders}
                 for _ in range(args.repeats):
-                    for contender in CONTENDERS:
+                    for contender in args.contenders:
                         runs[contender].append(run_worker(case, contender, str(num_proc), data))
-                medians = [statistics.median(run["seconds"] for run in runs[contender]) for contender in CONTENDERS]
+                medians = [
+                    statistics.median(run["seconds"] for run in runs[contender]) for contender in args.contenders
+                ]
                 speeds = [f"{rows / seconds:.1f}" for seconds in medians]
-                tokens = [runs[contender][0]["tokens"] for contender in CONTENDERS]
+                tokens = [runs[contender][0]["tokens"] for contender in args.contenders]
                 costs = [f"{1e6 * s / n:.2f}" for s, n in zip(medians, tokens, strict=True)]
-                peaks = [round(statistics.median(run["MiB"] for run in runs[contender])) for contender in CONTENDERS]
+                peaks = [
+                    round(statistics.median(run["MiB"] for run in runs[contender])) for contender in args.contenders
+                ]
                 add_line(case, num_proc, rows, *speeds, *costs, *peaks, f"{medians[0] / medians[1]:.2f}")
                 results.append({"case": case, "num_proc": num_proc, "rows": rows, "runs": runs})
     args.output.mkdir(parents=True, exist_ok=True)
