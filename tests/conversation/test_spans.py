@@ -163,3 +163,23 @@ def test_spans_are_what_an_independent_reading_says(name, byte_tokenizer):
     assert rendered
     assert refused == 0 or name in OUT_OF_ORDER + REWRITING
     assert checked or name in REWRITING
+
+
+@pytest.mark.parametrize("name", ["gptoss", "lfm2_2_5", "nemotron_3_nano"])
+def test_what_is_remembered_changes_no_region(name, byte_tokenizer):
+    tokenizer, rng, compared = tokenizer_for(name, byte_tokenizer), random.Random(5), 0
+    memory, structure = TemplateMemory(tokenizer), StructureWeights(span_loss_weights={"thinking": 0.5})
+    for messages in (random_conversation(rng, name) for _ in range(14)):
+        found = []
+        for of_others in (memory, None):
+            try:
+                conversation = Conversation(messages, tokenizer, TEMPLATES[name], {}, of_others)
+                input_ids = conversation.tokenize()["input_ids"]
+                weighed = weigh_conversation(conversation, input_ids, None, structure)
+                found.append((weighed.regions, weighed.spans.tolist()))
+            except ValueError:  # what the template cannot write, or a row that is refused where nothing is known
+                continue
+        if len(found) == 2:
+            assert found[0] == found[1]
+            compared += 1
+    assert compared > 7

@@ -281,7 +281,10 @@ class Conversation:
         known = self._turn(turn + 1)
         if known.ends_in_next is None:
             answer = self.render([*self.messages[:turn], self.plain_answer(turn)])
-            if not self.text.startswith(self.render(self.messages[: turn + 1])):  # it ends in the EOS token, as above
+            if not self.text.startswith(self.render(self.messages[: turn + 1])):
+                if self._read_as_written():  # the template leaves out thinking
+                    return self._ends_in_next(turn)
+                # It ends in the EOS token, as above
                 answer = answer.removesuffix(self._tokens.tokenizer.eos_token or "")
             known.ends_in_next = answer.rstrip().endswith(_PROBE)
         return known.ends_in_next
