@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from wit_trl.check import own_model
 from wit_trl.check.checks import NO_MEMORY
-from wit_trl.cli.loading import select_splits
+from wit_trl.cli.loading import TRAIN_SPLIT, select_splits
 from wit_trl.loss import one_pass
 
 from ..helpers import make_trainer
@@ -32,7 +32,7 @@ def test_a_step_equals_that_of_trl(kind, datasets_by_type, trainer_of):
     layout = {"packing": True, "completion_turns": "last"} if kind == "messages" else {"loss_divisor": "weights"}
     trainer = trainer_of(rows, **layout, learning_rate=1.0)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    rows = select_splits({"train": rows}, ["train"], trainer.processing_class, trainer.args)["train"]
+    (rows,) = select_splits({"train": rows}, {TRAIN_SPLIT: "train"}, trainer.processing_class, trainer.args)
     checks = list(own_model.check_endpoints(trainer, rows))
     assert [check.name[:6] for check in checks] == ["(0, 1)"] * 2 + ["(1, 1)"] * 2
     for check in checks:

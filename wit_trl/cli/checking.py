@@ -26,7 +26,7 @@ from ..training.attributes import set_for_now
 from .arguments import Arguments
 from .check_ranks import check_ranks
 from .inspection import header, show
-from .loading import errors_of_model, select_splits
+from .loading import TRAIN_SPLIT, errors_of_model, select_splits
 from .sft import prepare
 from .versions import versions
 
@@ -66,9 +66,7 @@ def check_model(arguments: Arguments) -> Iterator[Check]:
         rows = Dataset.from_list(
             list(itertools.islice(dataset[split], args.per_device_train_batch_size)), dataset[split].features
         )
-        (rows,) = select_splits(
-            DatasetDict({split: rows}), {"--dataset_train_split": split}, trainer.processing_class, args
-        )
+        (rows,) = select_splits(DatasetDict({split: rows}), {TRAIN_SPLIT: split}, trainer.processing_class, args)
         yield from check_endpoints(trainer, rows)
 
 
