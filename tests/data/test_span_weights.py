@@ -14,7 +14,7 @@ from wit_trl.data import training_rows
 from wit_trl.report.rows import show_row
 from wit_trl.weights import SPANS
 
-from .test_structure_weights import prepare, weighted  # noqa: F401
+from .test_structure_weights import weighted
 
 
 THINKING_TEMPLATE = (
@@ -49,7 +49,7 @@ def texts_of(row, tokenizer):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["messages", "pairs"])
-def test_spans_of_an_agent(kind, streaming, prepare, tokenizer):  # noqa: F811
+def test_spans_of_an_agent(kind, streaming, prepare, tokenizer):
     row = {"messages": AGENT} if kind == "messages" else {"prompt": AGENT[:1], "completion": AGENT[1:]}
     trainer, _ = prepare([row], streaming=streaming, span_loss_weights=WEIGHTS)
     (row,) = trainer.train_dataset
@@ -69,7 +69,7 @@ def test_spans_of_an_agent(kind, streaming, prepare, tokenizer):  # noqa: F811
 @pytest.mark.parametrize(
     "layout", [{}, {"padding_free": True}, {"packing": True, "max_length": 512}, {"max_length": 90}], ids=str
 )
-def test_spans_are_token_weights_by_hand(layout, prepare):  # noqa: F811
+def test_spans_are_token_weights_by_hand(layout, prepare):
     rows = [{"messages": AGENT}, {"messages": AGENT[:2]}, {"messages": AGENT[2:]}]
     rows[2]["messages"] = [AGENT[0], AGENT[3]]
     plain, _ = prepare(rows, max_length=layout.get("max_length"))
@@ -88,7 +88,7 @@ def test_spans_are_token_weights_by_hand(layout, prepare):  # noqa: F811
     assert "completion_thinking_loss" not in expected.logs[0]
 
 
-def test_weights_of_one_change_nothing_but_what_is_logged(prepare):  # noqa: F811
+def test_weights_of_one_change_nothing_but_what_is_logged(prepare):
     rows = [{"messages": AGENT}, {"messages": AGENT[:2]}]
     (_, plain), (_, ones) = (
         prepare(rows, steps=1, **kwargs) for kwargs in ({}, {"span_loss_weights": dict.fromkeys(WEIGHTS, 1)})
@@ -101,7 +101,7 @@ def test_weights_of_one_change_nothing_but_what_is_logged(prepare):  # noqa: F81
     }
 
 
-def test_losses_of_spans_add_up_to_that_of_the_completion(prepare):  # noqa: F811
+def test_losses_of_spans_add_up_to_that_of_the_completion(prepare):
     rows = [{"messages": AGENT}, {"messages": [AGENT[0], AGENT[3]]}]
     trainer, _ = prepare(rows, span_loss_weights={"thinking": 0.5})
     metrics = trainer.evaluate(Dataset.from_list(rows))
@@ -113,7 +113,7 @@ def test_losses_of_spans_add_up_to_that_of_the_completion(prepare):  # noqa: F81
     assert of_spans == pytest.approx([sum(by_row["completion_nll"]), sum(by_row["completion_tokens"])])
 
 
-def test_table_and_rows_tell_of_spans(prepare, tokenizer):  # noqa: F811
+def test_table_and_rows_tell_of_spans(prepare, tokenizer):
     messages = [*AGENT, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is: 3."}]
     settings = {"span_loss_weights": {"thinking": 0.5}, "regex_loss_weights": {r"\d": 3.0}}
     trainer, _ = prepare([{"messages": messages}], **settings)
@@ -137,7 +137,7 @@ def test_table_and_rows_tell_of_spans(prepare, tokenizer):  # noqa: F811
     assert r"[completion answer /\d/ 2.4]" in shown
 
 
-def test_thinking_that_the_template_leaves_out_is_counted(prepare, tokenizer):  # noqa: F811
+def test_thinking_that_the_template_leaves_out_is_counted(prepare, tokenizer):
     tokenizer.chat_template = THINKING_TEMPLATE.replace(
         "{% if m.reasoning_content", "{% if loop.last and m.reasoning_content"
     )
@@ -148,7 +148,7 @@ def test_thinking_that_the_template_leaves_out_is_counted(prepare, tokenizer):  
     assert trainer.weight_report().thinking_left_out == 1
 
 
-def test_parts_of_a_content_have_weights_and_no_weight_changes_a_token(prepare, tokenizer):  # noqa: F811
+def test_parts_of_a_content_have_weights_and_no_weight_changes_a_token(prepare, tokenizer):
     def row(*weights):
         texts = ("It is ", "thr", "ee, of course.")
         parts = [{"type": "text", "text": text} for text in texts]
@@ -171,7 +171,7 @@ def test_parts_of_a_content_have_weights_and_no_weight_changes_a_token(prepare, 
         position += len(tokenizer.decode([token]))
 
 
-def test_texts_may_be_lists_of_parts(prepare, tokenizer):  # noqa: F811
+def test_texts_may_be_lists_of_parts(prepare, tokenizer):
     prompt = [{"text": "What is "}, {"text": "the sum?", "weight": 0}]
     completion = [{"type": "text", "text": " It is"}, {"type": "text", "text": " three.", "weight": 2.0}]
     trainer, _ = prepare([{"prompt": prompt, "completion": completion}])
@@ -186,7 +186,7 @@ def test_texts_may_be_lists_of_parts(prepare, tokenizer):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["messages", "pairs", "texts"])
-def test_patterns_multiply_in_the_completion(kind, prepare, tokenizer):  # noqa: F811
+def test_patterns_multiply_in_the_completion(kind, prepare, tokenizer):
     question, answer = "What is {3}?", "It is {3} and {4}."
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     row = {
@@ -202,14 +202,14 @@ def test_patterns_multiply_in_the_completion(kind, prepare, tokenizer):  # noqa:
     assert found == {3.0: "{3}", 1.5: "{4}", 0.5: "."}
 
 
-def test_pattern_that_takes_too_long_names_the_row(prepare, monkeypatch):  # noqa: F811
+def test_pattern_that_takes_too_long_names_the_row(prepare, monkeypatch):
     monkeypatch.setattr(patterns, "_SECONDS", 0.05)
     rows = [{"prompt": "Hi", "completion": text} for text in ("Yes", "a" * 40 + "!")]
     with pytest.raises(ValueError, match=r"Row 1 of the train dataset: the pattern '\(a\|aa\).* longer than 0.05 s"):
         prepare(rows, regex_loss_weights={"(a|aa)+$": 2.0})
 
 
-def test_what_matches_nothing_is_told(prepare, caplog):  # noqa: F811
+def test_what_matches_nothing_is_told(prepare, caplog):
     prepare([{"messages": AGENT[:1] + AGENT[3:]}], span_loss_weights={"tool_calls": 2}, regex_loss_weights={"xyz": 2})
     assert "Nothing in the first 1,000 rows of the train dataset is one of ['tool_calls', '/xyz/']" in caplog.text
     caplog.clear()
@@ -235,7 +235,7 @@ def test_wrong_settings_are_refused(settings, message, tmp_path):
         WITSFTConfig(str(tmp_path), **settings)
 
 
-def test_settings_that_have_nothing_to_weigh_are_refused(prepare):  # noqa: F811
+def test_settings_that_have_nothing_to_weigh_are_refused(prepare):
     with pytest.raises(ValueError, match="train dataset has no messages"):
         prepare([{"prompt": "Hi", "completion": "Yes"}], span_loss_weights={"thinking": 0.5})
     with pytest.raises(ValueError, match="tokenized, so `regex_loss_weights` has no text to search"):
@@ -255,14 +255,14 @@ AFTER = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
         ("last", {"completion_turns": "all"}, ["No.", "I add.", "So it is."]),
     ],
 )
-def test_which_turns_are_completion(which, row, kept, prepare, tokenizer):  # noqa: F811
+def test_which_turns_are_completion(which, row, kept, prepare, tokenizer):
     messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "No."}, *AGENT]
     trainer, _ = prepare([{"messages": messages, **row}], completion_turns=which)
     found = weighted(trainer.train_dataset[0], tokenizer, 1)
     assert [next(text for text in ("No.", "I add.", "So it is.") if text in run) for run in found] == kept
 
 
-def test_a_message_may_be_prompt(prepare, tokenizer):  # noqa: F811
+def test_a_message_may_be_prompt(prepare, tokenizer):
     messages = [*AGENT, *AFTER]
     messages[1] = {**messages[1], "completion": False}
     trainer, _ = prepare([{"messages": messages}])
@@ -275,7 +275,7 @@ def test_a_message_may_be_prompt(prepare, tokenizer):  # noqa: F811
         prepare([{"messages": AGENT, "completion_turns": "first"}])
 
 
-def test_pattern_that_is_called_as_a_span(prepare):  # noqa: F811
+def test_pattern_that_is_called_as_a_span(prepare):
     settings = {"span_loss_weights": {"answer": 0.5}, "regex_loss_weights": {"answer": 3.0}}
     messages = [AGENT[0], {"role": "assistant", "content": "The answer is three."}]
     trainer, _ = prepare([{"messages": messages}], **settings)
@@ -284,14 +284,14 @@ def test_pattern_that_is_called_as_a_span(prepare):  # noqa: F811
     assert {"answer", "/answer/"} <= trainer.weight_report().spans.keys()
 
 
-def test_28_patterns(prepare):  # noqa: F811
+def test_28_patterns(prepare):
     names = [f"t{'h' * n}" for n in range(27)] + ["three"]
     trainer, _ = prepare([{"messages": [AGENT[0], AGENT[3]]}], regex_loss_weights=dict.fromkeys(names, 2.0))
     row = trainer.train_dataset[0]
     assert max(row["token_weights"]) == 2.0**3  # "t", "th" and "three"
 
 
-def test_thinking_that_is_left_out_and_ends_as_another(prepare, tokenizer):  # noqa: F811
+def test_thinking_that_is_left_out_and_ends_as_another(prepare, tokenizer):
     tokenizer.chat_template = THINKING_TEMPLATE.replace(
         "{% if m.reasoning_content", "{% if loop.last and m.reasoning_content"
     )
@@ -301,7 +301,7 @@ def test_thinking_that_is_left_out_and_ends_as_another(prepare, tokenizer):  # n
 
 
 @pytest.mark.parametrize("before", ["", "\n", "  "])
-def test_thinking_in_a_content(before, prepare, tokenizer):  # noqa: F811
+def test_thinking_in_a_content(before, prepare, tokenizer):
     answer = {"role": "assistant", "content": f"{before}<think>I add.</think>It is three."}
     trainer, _ = prepare([{"messages": [AGENT[0], answer]}], span_loss_weights={"thinking": 0.5})
     found = texts_of(trainer.train_dataset[0], tokenizer)
@@ -314,18 +314,18 @@ def test_thinking_in_a_content(before, prepare, tokenizer):  # noqa: F811
             )
 
 
-def test_rows_without_a_completion_are_prompts(prepare):  # noqa: F811
+def test_rows_without_a_completion_are_prompts(prepare):
     messages = [AGENT[0], {**AGENT[3], "completion": False}]
     trainer, _ = prepare([{"messages": messages}, {"messages": [AGENT[0], AGENT[3]]}])
     assert set(trainer.train_dataset[0]["completion_mask"]) == {0}
 
 
-def test_prepared_rows_are_prepared_again(prepare):  # noqa: F811
+def test_prepared_rows_are_prepared_again(prepare):
     trainer, _ = prepare([{"messages": AGENT}], span_loss_weights={"thinking": 0.5})
     again, _ = prepare(trainer.train_dataset.to_list(), steps=1, max_length=20)
     assert len(again.train_dataset[0]["input_ids"]) == 20
 
 
-def test_column_that_texts_do_not_have_is_told(prepare, caplog):  # noqa: F811
+def test_column_that_texts_do_not_have_is_told(prepare, caplog):
     prepare([{"prompt": "Hi", "completion": "Yes", "completion_turns": "last"}])
     assert "dataset has ['completion_turns'], which is ignored" in caplog.text

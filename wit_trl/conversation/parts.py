@@ -164,8 +164,8 @@ def thinks(message: dict[str, Any]) -> bool:
 def as_written(messages: Messages, text: str, last_round_only: bool) -> Messages:
     """
     Returns messages without what is not in the text: what is said beside calls, and thinking, which has a key of its
-    own or stands in a content. Some templates leave its tags. With `last_round_only`, all thinking
-    before the last question goes, and that of no characters.
+    own or stands in a content. Some templates leave its tags. With `last_round_only`, all thinking before the last
+    question goes, and that of no characters.
     """
     read = []
     last_question = max((turn for turn, message in enumerate(messages) if message["role"] == "user"), default=0)
